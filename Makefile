@@ -1,0 +1,33 @@
+# The commands that people and CI share. `make demo` and `make test` set everything up by themselves.
+.PHONY: setup check test demo bench gpu-test gpu-bench proto
+SHELL := /bin/bash
+export MKL_CBWR := AVX2
+BIN := .venv/bin
+TOPOLOGY ?= deploy/topologies/cpu-demo.yaml
+
+setup:
+	@sha256sum --quiet --check .venv/setup.sha256 >/dev/null 2>&1 || tools/setup.sh
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_imports.py
+
+test: setup
+	$(BIN)/pytest -m "not gpu"
+
+demo: setup
+	$(BIN)/splitserve demo $(TOPOLOGY)
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+gpu-test:
+	PYTHONPATH=. python3 -m pytest -m gpu
+
+gpu-bench:
+	PYTHONPATH=. python3 -m benchmarks.gpu
+
+proto: setup
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. --mypy_out=. splitserve/router/v1/splitserve.proto
