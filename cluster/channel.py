@@ -1,0 +1,130 @@
+"""ZeroMQ channels between routers and workers: workers bind, routers connect, MessagePack travels.
+
+Sockets are created here and nowhere else, so that limits and encryption (CURVE) hold for all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from splitserve.cluster.codec import MAX_MESSAGE_BYTES, pack, unpack
+from splitserve.cluster.errors import ProtocolError, StartupError
+
+SEND_QUEUE = 100_000
+
+
+@dataclass(frozen=True)
+class CurveKeys:
+    """The cluster's own CURVE key pair (Z85 text). Whoever holds it is a member; nobody else gets a byte through."""
+
+    public: str = field(repr=False)
+    secret: str = field(repr=False)
+
+    @classmethod
+    def generate(cls) -> CurveKeys:
+        public, secret = zmq.curve_keypair()
+        return cls(public.decode(), secret.decode())
+
+
+def secure(socket: zmq.Socket[Any], keys: CurveKeys | None, *, server: bool) -> None:
+    """Set size limits on `socket` and, with `keys`, CURVE in both directions. Call before bind or connect."""
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.IPV6, 1)
+    socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
+    socket.setsockopt(zmq.RCVHWM, SEND_QUEUE)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, 3_000)
+    if keys is None:
+        return
+    socket.curve_publickey = keys.public.encode()
+    socket.curve_secretkey = keys.secret.encode()
+    if server:
+        # libzmq asks no authenticator (ZAP) here: a client must know the server's public key, which only members do.
+        socket.curve_server = True
+    else:
+        socket.curve_serverkey = keys.public.encode()
+
+
+def bind(socket: zmq.Socket[Any], address: str, port: int = 0) -> str:
+    """Bind to `address` (a host without port) and return the endpoint. Raises StartupError naming address and port."""
+    host = f"[{address}]" if ":" in address else address
+    try:
+        socket.bind(f"tcp://{host}:{port or '*'}")
+    except zmq.ZMQError as error:
+        where = f"{address}:{port}" if port else address
+        raise StartupError(f"cannot bind {where}: {error.strerror}; free it or name another address") from error
+    endpoint: bytes = socket.getsockopt(zmq.LAST_ENDPOINT)  # type: ignore[assignment]
+    return endpoint.decode().rstrip("\0")
+
+
+class WorkerChannel:
+    """A worker's side: one ROUTER socket for all routers. Polled from the worker's loop; not thread-safe."""
+
+    def __init__(self, address: str, keys: CurveKeys | None = None) -> None:
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        secure(self._socket, keys, server=True)
+        self.address = bind(self._socket, address)
+        self.malformed = 0
+
+    @property
+    def socket(self) -> zmq.Socket[bytes]:
+        """For a poller that waits on several sockets."""
+        return self._socket
+
+    def receive(self) -> Iterator[tuple[bytes, Any]]:
+        """All waiting messages as (router identity, message). Malformed ones are counted and dropped."""
+        while True:
+            try:
+                identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                if len(frames) != 1:
+                    raise ProtocolError(f"{len(frames)} frames, expected 1")
+                item = unpack(frames[0])
+            except ProtocolError:
+                self.malformed += 1
+                continue
+            yield identity, item
+
+    def send(self, identity: bytes, item: object) -> None:
+        """Send without waiting. A router that is gone or never reads loses its messages: its leases end anyway."""
+        with contextlib.suppress(zmq.Again):
+            self._socket.send_multipart([identity, pack(item)], zmq.NOBLOCK)
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+
+
+class RouterChannel:
+    """A router's side of one worker: an asyncio DEALER socket. `identity` must be unique among routers."""
+
+    def __init__(self, address: str, identity: bytes, keys: CurveKeys | None = None) -> None:
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+        secure(self._socket, keys, server=False)
+        self._socket.setsockopt(zmq.IDENTITY, identity)
+        self._socket.connect(address)
+        self.malformed = 0
+
+    async def receive(self) -> Any:
+        """The next well-formed message."""
+        while True:
+            frames = await self._socket.recv_multipart()
+            try:
+                if len(frames) != 1:
+                    raise ProtocolError(f"{len(frames)} frames, expected 1")
+                return unpack(frames[0])
+            except ProtocolError:
+                self.malformed += 1
+
+    async def send(self, item: object) -> None:
+        await self._socket.send(pack(item))
+
+    def close(self) -> None:
+        self._socket.close(linger=0)

@@ -1,0 +1,218 @@
+"""What the processes of a cluster say to each other.
+
+    router                 prefill engine                 decode engine
+      | Reserve ------------------------------------------->|
+      |<------------------------------- Granted | Busy | Failed
+      | Prefill(ticket) ------>|                             |
+      |<---------- FirstToken  | == KV frames, by layer ===> |
+      |<-------------------------------------------- Joined  |   KV committed, the sequence has a slot
+      |<---------------------------------------- StepTokens  |   one message a step, all of a router's requests
+      | Cancel ----------------+---------------------------->|
+      | Heartbeat -------------+---------------------------->|   keeps this router's requests leased
+      |<------------------ EngineStats ----------------------|
+
+Every message about a request carries its id and attempt; receivers ignore attempts that they do not know. `Failed`
+ends the attempt on the engine that sends it. Durations are in seconds; nobody compares clocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from splitserve.cluster.codec import message
+from splitserve.cluster.layout import KvLayout
+from splitserve.cluster.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@message
+@dataclass(frozen=True)
+class RankEndpoint:
+    """Where one decode rank takes KV: its socket, its staging segment and the window of it that is granted."""
+
+    address: str
+    transport: Literal["local", "memory", "shm", "tcp"]
+    host: str
+    segment: str
+    window_offset: int
+    window_bytes: int
+
+
+@message
+@dataclass(frozen=True)
+class Ticket:
+    """A decode engine's leave to send it the KV of prompt positions [start_token, num_tokens)."""
+
+    transfer_id: str
+    epoch: int
+    layout: KvLayout
+    start_token: int
+    num_tokens: int
+    lease_s: float
+    endpoints: tuple[RankEndpoint, ...]
+
+
+@message
+@dataclass(frozen=True)
+class HandOff:
+    """Travels behind the last KV frame of a transfer, from rank 0 of prefill: what decode goes on from.
+
+    `KvSender.finish(transfer_id, hand_off)` sends it, and the receiver's event that the KV is complete carries it.
+    """
+
+    first_tokens: tuple[int, ...]
+
+
+@message
+@dataclass(frozen=True)
+class Reserve:
+    """Ask a decode engine for pages, slots and staging. `source` is the KV layout that prefill will send from."""
+
+    request_id: str
+    attempt: int
+    token_ids: list[int]
+    params: SamplingParams
+    source: KvLayout
+    deadline_s: float
+    extra_keys: tuple[str, ...] = ()
+
+
+@message
+@dataclass(frozen=True)
+class Granted:
+    request_id: str
+    attempt: int
+    ticket: Ticket
+
+
+@message
+@dataclass(frozen=True)
+class Busy:
+    """No room now. Ask again after `retry_after_s`, or elsewhere."""
+
+    request_id: str
+    attempt: int
+    retry_after_s: float
+
+
+@message
+@dataclass(frozen=True)
+class Prefill:
+    request_id: str
+    attempt: int
+    token_ids: list[int]
+    params: SamplingParams
+    ticket: Ticket
+    deadline_s: float
+    extra_keys: tuple[str, ...] = ()
+
+
+@message
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log probability of the chosen token and of the `top` likeliest (token id, log probability)."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@message
+@dataclass(frozen=True)
+class SampleToken:
+    """One new token of one sample of a request. `position` is its place in the sequence, the prompt counted."""
+
+    request_id: str
+    attempt: int
+    sample: int
+    position: int
+    token_id: int
+    finish_reason: FinishReason | None = None
+    logprobs: TokenLogprobs | None = None
+
+
+@message
+@dataclass(frozen=True)
+class FirstToken:
+    """Prefill's answer: a first token for each sample. `prompt_logprobs`: an entry per prompt token but the first."""
+
+    request_id: str
+    attempt: int
+    tokens: tuple[SampleToken, ...]
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None
+    cached_tokens: int
+    queue_s: float
+    prefill_s: float
+
+
+@message
+@dataclass(frozen=True)
+class Joined:
+    """The KV is committed and the request's samples take part in decode."""
+
+    request_id: str
+    attempt: int
+
+
+@message
+@dataclass(frozen=True)
+class StepTokens:
+    """All new tokens of one decode step for the requests of one router."""
+
+    tokens: tuple[SampleToken, ...]
+
+
+@message
+@dataclass(frozen=True)
+class Failed:
+    """The attempt is over on the engine that says so. `code` is a gRPC status name."""
+
+    request_id: str
+    attempt: int
+    code: str
+    message: str
+
+
+@message
+@dataclass(frozen=True)
+class Cancel:
+    """Free everything of a request, or one `sample` of it (None: all)."""
+
+    request_id: str
+    attempt: int
+    sample: int | None = None
+
+
+@message
+@dataclass(frozen=True)
+class Heartbeat:
+    """From a router: its requests are alive for another lease. Answered with EngineStats."""
+
+    router: str
+
+
+@message
+@dataclass(frozen=True)
+class EngineStats:
+    engine: str
+    incarnation: str
+    role: Literal["prefill", "decode", "colocated"]
+    layout: KvLayout
+    running: int
+    waiting: int
+    free_tokens: int
+    total_tokens: int
+    preemptions: int
+
+
+@message
+@dataclass(frozen=True)
+class Member:
+    """One engine as routers see it. A restarted engine is a new incarnation."""
+
+    engine: str
+    incarnation: str
+    role: Literal["prefill", "decode", "colocated"]
+    address: str
+    layout: KvLayout
