@@ -29,5 +29,9 @@ gpu-test:
 gpu-bench:
 	PYTHONPATH=. python3 -m benchmarks.gpu
 
-proto: setup
-	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. --mypy_out=. splitserve/router/v1/splitserve.proto
+# Stubs are made with an old generator, so that old and new protobuf runtimes accept them.
+proto:
+	python3 -m venv .proto-venv
+	.proto-venv/bin/pip install -q grpcio-tools==1.72.2 mypy-protobuf==3.7.0 "setuptools<81"
+	PATH=$(CURDIR)/.proto-venv/bin:$$PATH python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. \
+		--mypy_out=. --mypy_grpc_out=. splitserve/router/v1/splitserve.proto

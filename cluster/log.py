@@ -1,8 +1,8 @@
 """Structured logs: one JSON object a line, one file a worker.
 
-A line has `time` (UTC, ISO 8601), `level`, `worker`, `message` and, where there is one, `request_id`; an exception
-adds `traceback`. Name a request with `logger.info("...", extra={"request_id": request_id})`. What the process prints
-itself (a native crash's last words) lands in the same file as plain text.
+A line has `time` (UTC, ISO 8601), `level`, `worker`, `message` and whatever `extra` names: a line about a request
+has its `request_id`, as in `logger.info("...", extra={"request_id": request_id})`. An exception adds `traceback`.
+What the process prints itself (a native crash's last words) lands in the same file as plain text.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pathlib import Path
 
 MAX_FILE_BYTES = 16 * 2**20
 KEPT_FILES = 2
+STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"taskName"}  # a record's attributes that no `extra` made
+HEAD = ("time", "level", "worker", "message", "traceback")  # what `render` places; the rest follows as name=value
 
 
 class JsonFormatter(logging.Formatter):
@@ -35,12 +37,10 @@ class JsonFormatter(logging.Formatter):
             "worker": self._worker,
             "message": record.getMessage(),
         }
-        request_id = getattr(record, "request_id", None)
-        if request_id is not None:
-            entry["request_id"] = request_id
+        entry |= {name: value for name, value in vars(record).items() if name not in STANDARD}
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(entry, ensure_ascii=False)
+        return json.dumps(entry, ensure_ascii=False, default=str)
 
 
 def log_path(folder: Path, worker: str) -> Path:
@@ -87,16 +87,15 @@ def render(line: str) -> str:
     """A log line as people read it; text that is not one of our entries stays as it is."""
     try:
         entry = json.loads(line)
-        head = f"{entry['time'][11:23]} {entry['level']:<7} {entry['worker']}"
-        request = f" [{entry['request_id']}]" if "request_id" in entry else ""
-        traceback = f"\n{entry['traceback']}" if "traceback" in entry else ""
-        return f"{head}{request}  {entry['message']}{traceback}"
+        head = f"{entry['time'][11:23]} {entry['level']:<7} {entry['worker']:<13} {entry['message']}"
+        extra = "".join(f"  {name}={value}" for name, value in entry.items() if name not in HEAD)
+        return f"{head}{extra}" + (f"\n{entry['traceback']}" if "traceback" in entry else "")
     except (ValueError, TypeError, KeyError):
         return line
 
 
-def sort_key(line: str) -> str:
-    """Orders the lines of several files by time; text between entries sorts as empty, so merge with care."""
+def _time(line: str) -> str:
+    """When a line was logged; "" for text between entries."""
     try:
         return str(json.loads(line)["time"])
     except (ValueError, TypeError, KeyError):
@@ -109,6 +108,6 @@ def merge(tails: list[list[str]], count: int) -> list[str]:
     for lines in tails:
         time = ""
         for line in lines:
-            time = sort_key(line) or time
+            time = _time(line) or time
             keyed.append((time, line))
     return [line for _, line in sorted(keyed, key=lambda pair: pair[0])][-count:]

@@ -1,0 +1,130 @@
+"""The async client: `splitserve.client.client`, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Any, Unpack
+
+import grpc
+
+from splitserve.client import wire
+from splitserve.client.types import (
+    ClusterStatus,
+    Completion,
+    Conversation,
+    Delta,
+    Model,
+    Sampling,
+    SplitserveClientError,
+)
+from splitserve.router.v1 import splitserve_pb2 as pb
+from splitserve.router.v1.splitserve_pb2_grpc import SplitServeStub
+
+
+class AsyncClient:
+    """A cluster's router at `address` (host:port), over TLS if `root_certificates` (PEM) are given.
+
+    `timeout_s` of a call becomes its deadline. Whatever fails raises SplitserveClientError. Cancelling the task that
+    reads a stream cancels the request.
+    """
+
+    def __init__(self, address: str, *, root_certificates: bytes | None = None) -> None:
+        if root_certificates is None:
+            self._channel = grpc.aio.insecure_channel(address, options=wire.CHANNEL_OPTIONS)
+        else:
+            credentials = grpc.ssl_channel_credentials(root_certificates)
+            self._channel = grpc.aio.secure_channel(address, credentials, options=wire.CHANNEL_OPTIONS)
+        self._stub = SplitServeStub(self._channel)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        model: str = "",
+        timeout_s: float | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> AsyncStream:
+        """Continue `prompt`, a text or token ids."""
+        request = wire.generate_request(prompt, model, sampling)
+        return AsyncStream(self._stub.Generate(request, timeout=timeout_s))
+
+    def chat(
+        self, messages: Conversation, *, model: str = "", timeout_s: float | None = None, **sampling: Unpack[Sampling]
+    ) -> AsyncStream:
+        """Answer `messages`, each a mapping of role and content."""
+        request = wire.chat_request(messages, model, sampling)
+        return AsyncStream(self._stub.Chat(request, timeout=timeout_s))
+
+    async def tokenize(self, text: str | Conversation, *, model: str = "") -> list[int]:
+        """Token ids of a text, or of a conversation as Chat would send it to the model."""
+        with wire.client_errors():
+            return list((await self._stub.Tokenize(wire.tokenize_request(text, model))).token_ids)
+
+    async def detokenize(self, token_ids: Sequence[int], *, model: str = "") -> str:
+        """Text of token ids, special tokens left out."""
+        with wire.client_errors():
+            return (await self._stub.Detokenize(wire.detokenize_request(token_ids, model))).text
+
+    async def models(self) -> list[Model]:
+        """The served models."""
+        with wire.client_errors():
+            return wire.models(await self._stub.ListModels(pb.ListModelsRequest()))
+
+    async def status(self, *, timeout_s: float | None = None) -> ClusterStatus:
+        """The cluster as this router sees it."""
+        with wire.client_errors():
+            return wire.cluster_status(await self._stub.Status(pb.StatusRequest(), timeout=timeout_s))
+
+    async def close(self) -> None:
+        """Disconnect; streams that still run are cancelled."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class AsyncStream:
+    """The answer as it arrives: iterate over its deltas, once, or await the `result`."""
+
+    def __init__(self, call: grpc.aio.UnaryStreamCall[Any, pb.GenerateResponse]) -> None:
+        self._call = call
+        self._gatherer = wire.Gatherer()
+
+    @property
+    def request_id(self) -> str:
+        """The cluster's name for this request; empty before the first delta."""
+        return self._gatherer.request_id
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        try:
+            with wire.client_errors():
+                async for response in self._call:
+                    for delta in self._gatherer.accept(response):
+                        yield delta
+        except asyncio.CancelledError as error:
+            if self._task_cancelled():
+                raise
+            # gRPC raises this for `cancel` too, where nobody has cancelled the task.
+            raise SplitserveClientError("CANCELLED", "the stream was cancelled by its reader") from error
+
+    async def result(self) -> Completion:
+        """Read to the end. What was iterated over before is part of it."""
+        async for _ in self:
+            pass
+        return self._gatherer.completion()
+
+    def cancel(self) -> None:
+        """Stop; the cluster frees what the request holds."""
+        self._call.cancel()
+
+    @staticmethod
+    def _task_cancelled() -> bool:
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0

@@ -1,0 +1,119 @@
+"""The sync client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Protocol, Unpack
+
+import grpc
+
+from splitserve.client import wire
+from splitserve.client.types import ClusterStatus, Completion, Conversation, Delta, Model, Sampling
+from splitserve.router.v1 import splitserve_pb2 as pb
+from splitserve.router.v1.splitserve_pb2_grpc import SplitServeStub
+
+
+class Client:
+    """A cluster's router at `address` (host:port), over TLS if `root_certificates` (PEM) are given.
+
+    `timeout_s` of a call becomes its deadline. Whatever fails raises SplitserveClientError.
+
+    >>> client = Client("127.0.0.1:50061")                                           # doctest: +SKIP
+    >>> for delta in client.chat([{"role": "user", "content": "Hello!"}]):           # doctest: +SKIP
+    ...     print(delta.text, end="", flush=True)
+    >>> client.generate("Once upon a time", max_tokens=16).result().text             # doctest: +SKIP
+    """
+
+    def __init__(self, address: str, *, root_certificates: bytes | None = None) -> None:
+        if root_certificates is None:
+            self._channel = grpc.insecure_channel(address, options=wire.CHANNEL_OPTIONS)
+        else:
+            credentials = grpc.ssl_channel_credentials(root_certificates)
+            self._channel = grpc.secure_channel(address, credentials, options=wire.CHANNEL_OPTIONS)
+        self._stub = SplitServeStub(self._channel)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        model: str = "",
+        timeout_s: float | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Stream:
+        """Continue `prompt`, a text or token ids."""
+        request = wire.generate_request(prompt, model, sampling)
+        return Stream(self._stub.Generate(request, timeout=timeout_s))
+
+    def chat(
+        self, messages: Conversation, *, model: str = "", timeout_s: float | None = None, **sampling: Unpack[Sampling]
+    ) -> Stream:
+        """Answer `messages`, each a mapping of role and content."""
+        request = wire.chat_request(messages, model, sampling)
+        return Stream(self._stub.Chat(request, timeout=timeout_s))
+
+    def tokenize(self, text: str | Conversation, *, model: str = "") -> list[int]:
+        """Token ids of a text, or of a conversation as Chat would send it to the model."""
+        with wire.client_errors():
+            return list(self._stub.Tokenize(wire.tokenize_request(text, model)).token_ids)
+
+    def detokenize(self, token_ids: Sequence[int], *, model: str = "") -> str:
+        """Text of token ids, special tokens left out."""
+        with wire.client_errors():
+            return self._stub.Detokenize(wire.detokenize_request(token_ids, model)).text
+
+    def models(self) -> list[Model]:
+        """The served models."""
+        with wire.client_errors():
+            return wire.models(self._stub.ListModels(pb.ListModelsRequest()))
+
+    def status(self, *, timeout_s: float | None = None) -> ClusterStatus:
+        """The cluster as this router sees it."""
+        with wire.client_errors():
+            return wire.cluster_status(self._stub.Status(pb.StatusRequest(), timeout=timeout_s))
+
+    def close(self) -> None:
+        """Disconnect; streams that still run are cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Call(Protocol):
+    def __iter__(self) -> Iterator[pb.GenerateResponse]: ...
+
+    def cancel(self) -> bool: ...
+
+
+class Stream:
+    """The answer as it arrives: iterate over its deltas, once, or take the `result`."""
+
+    def __init__(self, call: _Call) -> None:
+        self._call = call
+        self._gatherer = wire.Gatherer()
+
+    @property
+    def request_id(self) -> str:
+        """The cluster's name for this request; empty before the first delta."""
+        return self._gatherer.request_id
+
+    def __iter__(self) -> Iterator[Delta]:
+        with wire.client_errors():
+            for response in self._call:
+                yield from self._gatherer.accept(response)
+
+    def result(self) -> Completion:
+        """Read to the end. What was iterated over before is part of it."""
+        for _ in self:
+            pass
+        return self._gatherer.completion()
+
+    def cancel(self) -> None:
+        """Stop; the cluster frees what the request holds."""
+        self._call.cancel()

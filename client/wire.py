@@ -1,0 +1,175 @@
+"""Between plain values and protobuf messages; shared by the sync and the async client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, ParamSpec, TypeVar, cast
+
+import grpc
+
+from splitserve.client.types import (
+    FINISH_REASONS,
+    ClusterStatus,
+    Completion,
+    Conversation,
+    Delta,
+    Engine,
+    FinishReason,
+    Model,
+    Sample,
+    Sampling,
+    SplitserveClientError,
+    Summary,
+    Timings,
+    TokenLogprobs,
+    Usage,
+)
+from splitserve.router.v1 import splitserve_pb2 as pb
+
+CHANNEL_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
+RETRY_AFTER = "retry-after-ms"
+ENGINE_STATES: dict[int, Literal["starting", "ready", "silent"]] = {
+    pb.ENGINE_STATE_STARTING: "starting",
+    pb.ENGINE_STATE_READY: "ready",
+    pb.ENGINE_STATE_SILENT: "silent",
+}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@contextmanager
+def client_errors() -> Iterator[None]:
+    """Failed calls, sync or async, raise SplitserveClientError."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        call = cast(grpc.Call, error)
+        retry_ms = dict(call.trailing_metadata() or ()).get(RETRY_AFTER)
+        retry_after_s = None if retry_ms is None else float(retry_ms) / 1000
+        raise SplitserveClientError(call.code().name, call.details() or "no details", retry_after_s) from error
+
+
+def _checked(build: Callable[P, R]) -> Callable[P, R]:
+    """Values that protobuf refuses (a wrong type, an unknown parameter) raise the client's own exception."""
+
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return build(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise SplitserveClientError("INVALID_ARGUMENT", str(error)) from error
+
+    return checked
+
+
+@_checked
+def generate_request(prompt: str | Sequence[int], model: str, sampling: Sampling) -> pb.GenerateRequest:
+    """A Generate call for a text or for token ids."""
+    parameters = pb.Sampling(**sampling)
+    if isinstance(prompt, str):
+        return pb.GenerateRequest(model=model, text=prompt, sampling=parameters)
+    return pb.GenerateRequest(model=model, token_ids=pb.TokenIds(ids=prompt), sampling=parameters)
+
+
+@_checked
+def chat_request(messages: Conversation, model: str, sampling: Sampling) -> pb.ChatRequest:
+    """A Chat call."""
+    return pb.ChatRequest(model=model, messages=_messages(messages), sampling=pb.Sampling(**sampling))
+
+
+@_checked
+def tokenize_request(text: str | Conversation, model: str) -> pb.TokenizeRequest:
+    """A Tokenize call for a text or for a conversation."""
+    if isinstance(text, str):
+        return pb.TokenizeRequest(model=model, text=text)
+    return pb.TokenizeRequest(model=model, conversation=pb.Conversation(messages=_messages(text)))
+
+
+@_checked
+def detokenize_request(token_ids: Sequence[int], model: str) -> pb.DetokenizeRequest:
+    """A Detokenize call."""
+    return pb.DetokenizeRequest(model=model, token_ids=token_ids)
+
+
+def models(response: pb.ListModelsResponse) -> list[Model]:
+    """The served models."""
+    return [Model(model.name, model.context, model.vocab_size) for model in response.models]
+
+
+def cluster_status(response: pb.StatusResponse) -> ClusterStatus:
+    """The answer to Status."""
+    plain = {field.name: getattr(response, field.name) for field in pb.StatusResponse.DESCRIPTOR.fields}
+    return ClusterStatus(**plain | {"engines": tuple(map(_engine, response.engines))})
+
+
+class Gatherer:
+    """Collects a stream of responses into one Completion."""
+
+    def __init__(self) -> None:
+        self.request_id = ""
+        self._deltas: list[Delta] = []
+        self._prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        self._summary: Summary | None = None
+
+    def accept(self, response: pb.GenerateResponse) -> list[Delta]:
+        """The deltas of one response."""
+        self.request_id = response.request_id
+        self._prompt_logprobs += _logprobs(response.prompt_logprobs)
+        if response.HasField("summary"):
+            self._summary = _summary(response.summary)
+        deltas = [_delta(delta) for delta in response.deltas]
+        self._deltas += deltas
+        return deltas
+
+    def completion(self) -> Completion:
+        """Everything, once the stream has ended well."""
+        if self._summary is None:
+            raise SplitserveClientError("INTERNAL", "the stream ended without a summary")
+        count = 1 + max(delta.index for delta in self._deltas)
+        samples = tuple(self._sample(index) for index in range(count))
+        return Completion(self.request_id, samples, self._prompt_logprobs, self._summary)
+
+    def _sample(self, index: int) -> Sample:
+        deltas = [delta for delta in self._deltas if delta.index == index]
+        return Sample(
+            text="".join(delta.text for delta in deltas),
+            token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+            logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
+            finish_reason=cast(FinishReason, deltas[-1].finish_reason),
+        )
+
+
+def _messages(conversation: Conversation) -> list[pb.Message]:
+    return [pb.Message(**message) for message in conversation]
+
+
+def _delta(delta: pb.Delta) -> Delta:
+    return Delta(
+        index=delta.index,
+        text=delta.text,
+        token_ids=tuple(delta.token_ids),
+        logprobs=_logprobs(delta.logprobs),
+        finish_reason=FINISH_REASONS.get(delta.finish_reason),
+    )
+
+
+def _logprobs(entries: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+    return tuple(
+        TokenLogprobs(entry.logprob, tuple((top.token_id, top.logprob) for top in entry.top)) for entry in entries
+    )
+
+
+def _summary(summary: pb.Summary) -> Summary:
+    usage, timings = summary.usage, summary.timings
+    return Summary(
+        usage=Usage(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens),
+        timings=Timings(**{field.name: getattr(timings, field.name) for field in pb.Timings.DESCRIPTOR.fields}),
+        prefill_engine=summary.prefill_engine,
+        decode_engine=summary.decode_engine,
+    )
+
+
+def _engine(engine: pb.Engine) -> Engine:
+    plain: dict[str, Any] = {field.name: getattr(engine, field.name) for field in pb.Engine.DESCRIPTOR.fields}
+    return Engine(**plain | {"state": ENGINE_STATES[engine.state]})

@@ -1,0 +1,299 @@
+"""The decode engine: reservations in, one token a step for every running sequence out.
+
+Reserve -> reserved --KV landed--> ready --slot--> running --stop, length--> gone
+              |                      |              |    ^
+              |                      |        no page    room again
+              |                      |              v    |
+              |                      |              parked (host tier)
+              +----------------------+--- cancel, deadline, loss ---> gone, pages freed
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from splitserve.cluster.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelFailure,
+    Overloaded,
+    SplitserveError,
+    TransferFailed,
+)
+from splitserve.cluster.layout import KvLayout
+from splitserve.cluster.messages import (
+    Busy,
+    Cancel,
+    EngineStats,
+    Failed,
+    Granted,
+    HandOff,
+    Joined,
+    Reserve,
+    SampleToken,
+    StepTokens,
+)
+from splitserve.decode_worker.inlet import KvInlet, Landed, Lost
+from splitserve.decode_worker.slots import Slots
+from splitserve.engine.batch import Batch, Chunk
+from splitserve.engine.block_manager import BlockManager, BlockTable
+from splitserve.engine.ranks import CopyPages, Ranks, RunBatch
+from splitserve.engine.sampler import SampledToken, sample
+from splitserve.engine.sequence import ModelLimits, Sequence
+from splitserve.engine.serving import Send
+
+log = logging.getLogger(__name__)
+
+BUSY_RETRY_S = 0.05
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """`slots`: sequences decoded at once; `max_sequences`: reserved, waiting and running ones together."""
+
+    slots: int
+    max_sequences: int
+    model: ModelLimits
+
+
+@dataclass(eq=False)
+class _Request:
+    router: bytes
+    message: Reserve
+    tables: list[BlockTable]
+    copies: list[tuple[int, int]]
+    arrived: float
+    joined: bool = False
+    cancelled: set[int] = field(default_factory=set)
+    sequences: list[Sequence] = field(default_factory=list)
+
+    @property
+    def transfer_id(self) -> str:
+        return f"{self.message.request_id}/{self.message.attempt}"
+
+
+class DecodeEngine:
+    """Scheduler and state of one decode engine; single-threaded."""
+
+    def __init__(
+        self,
+        name: str,
+        incarnation: str,
+        ranks: Ranks,
+        blocks: BlockManager,
+        layout: KvLayout,
+        inlet: KvInlet,
+        limits: DecodeLimits,
+        send: Send,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name, self._incarnation, self._layout = name, incarnation, layout
+        self._ranks, self._blocks, self._inlet = ranks, blocks, inlet
+        self._limits, self._send, self._clock = limits, send, clock
+        self._requests: dict[str, _Request] = {}
+        self._slots = Slots(ranks, blocks, limits.slots)
+
+    def handle(self, router: bytes, item: object) -> None:
+        match item:
+            case Reserve():
+                self._reserve(router, item)
+            case Cancel():
+                self._cancel(router, item)
+            case _:
+                log.warning("a decode engine takes no %s", type(item).__name__)
+
+    def step(self) -> bool:
+        """Let landed requests join, give every running sequence room, run the model once, send the new tokens."""
+        self._settle_transfers()
+        running = self._slots.schedule()
+        if not running:
+            self._fail_deadlocked()
+            return False
+        logits = self._ranks.execute(RunBatch(Batch.of([Chunk(sequence, 1, 1) for sequence in running])))
+        sampled = sample(logits, [sequence.sampler_row() for sequence in running])
+        self._advance(running, sampled)
+        return True
+
+    @property
+    def transferring(self) -> bool:
+        return any(not request.joined for request in self._requests.values())
+
+    def forget(self, router: bytes) -> None:
+        for request in list(self._requests.values()):
+            if request.router == router:
+                self._drop(request)
+
+    def expire(self) -> None:
+        now = self._clock()
+        for request in list(self._requests.values()):
+            if now - request.arrived > request.message.deadline_s:
+                self._fail(request, DeadlineExceeded("the deadline passed during decode"))
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            engine=self._name,
+            incarnation=self._incarnation,
+            role="decode",
+            layout=self._layout,
+            running=self._slots.running,
+            waiting=self._slots.waiting + sum(not request.joined for request in self._requests.values()),
+            free_tokens=self._blocks.free_pages * self._blocks.page_size,
+            total_tokens=self._blocks.num_pages * self._blocks.page_size,
+            preemptions=self._slots.preemptions,
+        )
+
+    def _reserve(self, router: bytes, item: Reserve) -> None:
+        try:
+            self._check(item)
+        except SplitserveError as error:
+            self._send(router, Failed(item.request_id, item.attempt, error.code, str(error)))
+            return
+        granted = self._grant(router, item)
+        self._send(router, granted or Busy(item.request_id, item.attempt, BUSY_RETRY_S))
+
+    def _check(self, item: Reserve) -> None:
+        self._limits.model.check(item)
+        if f"{item.request_id}/{item.attempt}" in self._requests:
+            raise InvalidRequest("request_id", item.request_id, "this attempt is under way already")
+        room = min(self._limits.max_sequences, self._blocks.num_pages - self._blocks.pages_for(len(item.token_ids)) + 1)
+        if item.params.n > room:
+            raise InvalidRequest("n", item.params.n, f"this decode engine takes at most {room} with this prompt")
+
+    def _grant(self, router: bytes, item: Reserve) -> Granted | None:
+        sequences = sum(request.message.params.n for request in self._requests.values())
+        if sequences + item.params.n > self._limits.max_sequences or self._slots.parked:
+            return None
+        allocated = self._allocate(item)
+        if allocated is None:
+            return None
+        request = _Request(router, item, *allocated, arrived=self._clock())
+        # One page for every sequence that runs, so that a newcomer's pages are not taken from them at once.
+        enough = self._blocks.free_pages >= self._slots.running
+        ticket = self._inlet.open(request.transfer_id, item, request.tables[0]) if enough else None
+        if ticket is None:
+            self._free_tables(request)
+            return None
+        self._requests[request.transfer_id] = request
+        return Granted(item.request_id, item.attempt, ticket)
+
+    def _allocate(self, item: Reserve) -> tuple[list[BlockTable], list[tuple[int, int]]] | None:
+        """A table for every sample, and the pages to copy once the KV is there.
+
+        Samples share the prompt's full pages; only a part-filled last page is each one's own.
+        """
+        reuse = None if item.params.prompt_logprobs is None else 0
+        table = self._blocks.allocate(item.token_ids, item.extra_keys, max_cached_tokens=reuse)
+        if table is None:
+            return None
+        tables, copies = [table], []
+        for _ in range(1, item.params.n):
+            forked = self._blocks.fork(table, len(item.token_ids))
+            if forked is None:
+                for taken in tables:
+                    self._blocks.free(taken)
+                return None
+            tables.append(forked[0])
+            copies += forked[1]
+        return tables, copies
+
+    def _settle_transfers(self) -> None:
+        for event in self._inlet.poll():
+            request = self._requests.get(event.transfer_id)
+            if request is None or request.joined:
+                continue
+            match event:
+                case Landed(hand_off=hand_off):
+                    self._join(request, hand_off)
+                case Lost(reason=reason):
+                    self._fail(request, TransferFailed(reason))
+
+    def _join(self, request: _Request, hand_off: HandOff) -> None:
+        message = request.message
+        if len(hand_off.first_tokens) != message.params.n:
+            self._fail(
+                request, TransferFailed(f"{len(hand_off.first_tokens)} first tokens, expected {message.params.n}")
+            )
+            return
+        self._inlet.close(request.transfer_id)
+        request.joined = True
+        self._blocks.publish(request.tables[0], message.token_ids, len(message.token_ids))
+        if request.copies:
+            self._ranks.execute(CopyPages(tuple(request.copies)))
+        self._send(request.router, Joined(message.request_id, message.attempt))
+        for sample_index, (table, first) in enumerate(zip(request.tables, hand_off.first_tokens, strict=True)):
+            self._start(request, sample_index, table, first)
+
+    def _start(self, request: _Request, sample_index: int, table: BlockTable, first_token: int) -> None:
+        sequence = Sequence.of(request.message, sample_index, self._limits.model)
+        sequence.table = table
+        sequence.computed_tokens = sequence.prompt_tokens
+        request.sequences.append(sequence)
+        self._slots.add(sequence)
+        if sequence.take(first_token).finish_reason is not None or sample_index in request.cancelled:
+            self._end(request, sequence)
+
+    def _advance(self, running: list[Sequence], sampled: list[SampledToken | None]) -> None:
+        outgoing: dict[bytes, list[SampleToken]] = {}
+        for sequence, chosen in zip(running, sampled, strict=True):
+            request = self._requests.get(f"{sequence.request_id}/{sequence.attempt}")
+            if request is None:
+                continue  # failed a moment ago, through another of its samples
+            if chosen is None:
+                self._fail(request, ModelFailure("the model's logits are not finite"))
+                continue
+            sequence.computed_tokens = len(sequence.token_ids)
+            outgoing.setdefault(request.router, []).append(sequence.take(chosen.token_id, chosen.logprobs))
+            assert sequence.table is not None
+            self._blocks.publish(sequence.table, sequence.token_ids, sequence.computed_tokens)
+            if sequence.finish_reason is not None:
+                self._end(request, sequence)
+        for router, tokens in outgoing.items():
+            self._send(router, StepTokens(tuple(tokens)))
+
+    def _end(self, request: _Request, sequence: Sequence) -> None:
+        request.sequences.remove(sequence)
+        self._slots.remove(sequence)
+        if not request.sequences:
+            self._requests.pop(request.transfer_id, None)
+
+    def _cancel(self, router: bytes, item: Cancel) -> None:
+        request = self._requests.get(f"{item.request_id}/{item.attempt}")
+        if request is None or request.router != router:
+            return
+        if item.sample is None:
+            self._drop(request)
+            return
+        request.cancelled.add(item.sample)
+        for sequence in list(request.sequences):
+            if sequence.sample == item.sample:
+                self._end(request, sequence)
+
+    def _drop(self, request: _Request) -> None:
+        """Free everything of a request, in whatever state it is."""
+        del self._requests[request.transfer_id]
+        if request.joined:
+            for sequence in request.sequences:
+                self._slots.remove(sequence)
+        else:
+            self._inlet.close(request.transfer_id)
+            self._free_tables(request)
+
+    def _free_tables(self, request: _Request) -> None:
+        for table in request.tables:
+            self._blocks.free(table)
+
+    def _fail(self, request: _Request, error: SplitserveError) -> None:
+        self._drop(request)
+        message = request.message
+        log.warning("%s", error, extra={"request_id": message.request_id})
+        self._send(request.router, Failed(message.request_id, message.attempt, error.code, str(error)))
+
+    def _fail_deadlocked(self) -> None:
+        """Nothing can run although something should: no page is free and the host tier is full."""
+        victim = self._slots.stuck()
+        if victim is not None:
+            request = self._requests[f"{victim.request_id}/{victim.attempt}"]
+            self._fail(request, Overloaded("KV memory and the host tier are full; raise kv_transfer.host_tier", 1.0))

@@ -1,0 +1,138 @@
+"""The ranks of one engine: every rank executes the leader's commands, all in the same order."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from splitserve.cluster.codec import message
+from splitserve.cluster.errors import ProtocolError
+from splitserve.engine.batch import Batch
+from splitserve.engine.group import LeaderLink
+from splitserve.engine.parking import HostTier
+from splitserve.engine.runner import ModelRunner
+
+Handlers = dict[type, Callable[[Any], Any]]
+
+
+@message
+@dataclass(frozen=True)
+class RunBatch:
+    """Run the model; the result is the logits of the batch's wanted rows."""
+
+    batch: Batch
+
+
+@message
+@dataclass(frozen=True)
+class CopyPages:
+    pairs: tuple[tuple[int, int], ...]
+
+
+@message
+@dataclass(frozen=True)
+class ParkPages:
+    """Copy pages to host memory under `key`. The result is False when the host tier is full."""
+
+    key: str
+    pages: list[int]
+
+
+@message
+@dataclass(frozen=True)
+class RestorePages:
+    key: str
+    pages: list[int]
+
+
+@message
+@dataclass(frozen=True)
+class DropParked:
+    key: str
+
+
+class RankService(Protocol):
+    """Commands that a rank understands beyond running batches."""
+
+    handlers: Handlers
+
+    def poll(self) -> list[object]:
+        """Reports for the leader since the last call; also the service's chance to make progress."""
+
+
+class Rank:
+    """What one rank does for its engine."""
+
+    def __init__(self, runner: ModelRunner, *services: RankService) -> None:
+        self._services = services
+        self._handlers: Handlers = {
+            RunBatch: lambda command: runner.run(command.batch),
+            CopyPages: lambda command: runner.copy_pages(command.pairs),
+        }
+        for service in services:
+            self._handlers |= service.handlers
+
+    def execute(self, command: object) -> Any:
+        handler = self._handlers.get(type(command))
+        if handler is None:
+            raise ProtocolError(f"this rank has no command {type(command).__name__}")
+        return handler(command)
+
+    def poll(self) -> list[object]:
+        return [report for service in self._services for report in service.poll()]
+
+
+class ParkingService:
+    """Preempted KV in host memory."""
+
+    def __init__(self, runner: ModelRunner, host_tier: HostTier) -> None:
+        cache = runner.cache
+        self.handlers: Handlers = {
+            ParkPages: lambda command: host_tier.park(command.key, cache, command.pages),
+            RestorePages: lambda command: host_tier.restore(command.key, cache, command.pages),
+            DropParked: lambda command: host_tier.drop(command.key),
+        }
+
+    def poll(self) -> list[object]:
+        return []
+
+
+class Ranks:
+    """The leader's handle on all ranks of its engine, itself included."""
+
+    def __init__(self, local: Rank, link: LeaderLink | None = None) -> None:
+        self._local = local
+        self._link = link
+        self.size = 1 if link is None else link.followers + 1
+
+    def execute(self, command: object) -> Any:
+        """Have every rank execute `command`; returns the leader's own result."""
+        if self._link is not None:
+            self._link.send(command)
+        return self._local.execute(command)
+
+    def poll(self) -> list[tuple[int, object]]:
+        """Reports as (rank, report)."""
+        reports = [(0, report) for report in self._local.poll()]
+        return reports if self._link is None else reports + self._link.reports()
+
+
+class Agreement:
+    """Collects one report a rank for each key; `agreed` once the last one came."""
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._reported: defaultdict[Hashable, set[int]] = defaultdict(set)
+
+    def add(self, key: Hashable, rank: int) -> bool:
+        reported = self._reported[key]
+        reported.add(rank)
+        if len(reported) < self._ranks:
+            return False
+        del self._reported[key]
+        return True
+
+    def forget(self, key: Hashable) -> None:
+        self._reported.pop(key, None)

@@ -1,0 +1,94 @@
+"""One sample of one request, as an engine sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from splitserve.cluster.messages import FinishReason, Prefill, Reserve, SampleToken, TokenLogprobs
+from splitserve.cluster.sampling import SamplingParams, check_prompt
+from splitserve.engine.block_manager import BlockTable
+from splitserve.engine.sampler import SamplerRow
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What the model sets: `max_model_len` bounds prompt and output together, in tokens."""
+
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+
+    def check(self, request: Prefill | Reserve) -> None:
+        """Raise InvalidRequest for parameters or a prompt that this model cannot take."""
+        request.params.validate(self.vocab_size)
+        check_prompt(request.token_ids, self.max_model_len, self.vocab_size)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Prompt and output in one list; the KV of the first `computed_tokens` of them is in the pages of `table`.
+
+    `max_model_len` bounds prompt and output together, in tokens. `prompt_tokens` is how many of `token_ids` came
+    with the request: tokens that an earlier attempt generated already are output, not prompt.
+    """
+
+    request_id: str
+    attempt: int
+    sample: int
+    token_ids: list[int]
+    prompt_tokens: int
+    params: SamplingParams
+    eos_token_ids: frozenset[int]
+    max_model_len: int
+    extra_keys: tuple[str, ...] = ()
+    table: BlockTable | None = None
+    computed_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    stopping_ids: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        eos = frozenset() if self.params.ignore_eos else self.eos_token_ids
+        self.stopping_ids = eos | frozenset(self.params.stop_token_ids)
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.token_ids) - self.prompt_tokens
+
+    @property
+    def pending_tokens(self) -> int:
+        """Tokens whose KV is not in the cache yet: one in decode, the rest of the prompt in prefill."""
+        return len(self.token_ids) - self.computed_tokens
+
+    @classmethod
+    def of(cls, request: Prefill | Reserve, sample: int, limits: ModelLimits) -> Sequence:
+        """Sample number `sample` of a request, nothing computed yet."""
+        return cls(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            sample=sample,
+            token_ids=list(request.token_ids),
+            prompt_tokens=len(request.token_ids),
+            params=request.params,
+            eos_token_ids=limits.eos_token_ids,
+            max_model_len=limits.max_model_len,
+            extra_keys=request.extra_keys,
+        )
+
+    def take(self, token_id: int, logprobs: TokenLogprobs | None = None) -> SampleToken:
+        """Append a newly sampled token; the message about it says whether, and why, the sequence ends with it."""
+        position = len(self.token_ids)
+        self.token_ids.append(token_id)
+        self.finish_reason = self._finish_reason(token_id)
+        return SampleToken(self.request_id, self.attempt, self.sample, position, token_id, self.finish_reason, logprobs)
+
+    def sampler_row(self) -> SamplerRow:
+        """What the sampler needs to choose the next token."""
+        return SamplerRow(self.params, self.sample, self.token_ids, self.prompt_tokens, self.stopping_ids)
+
+    def _finish_reason(self, token_id: int) -> FinishReason | None:
+        if token_id in self.stopping_ids and self.output_tokens > self.params.min_tokens:
+            return "stop"
+        limit = self.params.max_tokens
+        if len(self.token_ids) >= self.max_model_len or (limit is not None and self.output_tokens >= limit):
+            return "length"
+        return None

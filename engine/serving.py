@@ -1,0 +1,89 @@
+"""The loop that every engine's leader runs: take messages, make a step, wait only when there is nothing to do."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import zmq
+
+from splitserve.cluster.channel import WorkerChannel
+from splitserve.cluster.messages import EngineStats, Heartbeat
+
+log = logging.getLogger(__name__)
+
+IDLE_WAIT_MS = 50
+TRANSFER_WAIT_MS = 1
+STATS_INTERVAL_S = 0.5
+
+Send = Callable[[bytes, object], None]
+
+
+class Engine(Protocol):
+    def handle(self, router: bytes, item: object) -> None:
+        """Take one message of a router. Never raises for anything that a router may send."""
+
+    def step(self) -> bool:
+        """Do some work; False when there was none."""
+
+    @property
+    def transferring(self) -> bool:
+        """Whether KV is on its way, so that the loop should look again soon."""
+
+    def forget(self, router: bytes) -> None:
+        """Free everything of a router whose lease has ended."""
+
+    def expire(self) -> None:
+        """End the requests whose deadline has passed."""
+
+    def stats(self) -> EngineStats: ...
+
+
+def serve(engine: Engine, channel: WorkerChannel, stop: threading.Event, lease_s: float) -> None:
+    """Serve until `stop` is set. A router that is silent for `lease_s` loses its requests."""
+    poller = zmq.Poller()
+    poller.register(channel.socket, zmq.POLLIN)
+    leases = RouterLeases(lease_s)
+    next_round = time.monotonic() + STATS_INTERVAL_S
+    while not stop.is_set():
+        for router, item in channel.receive():
+            leases.renew(router, time.monotonic())
+            if isinstance(item, Heartbeat):
+                channel.send(router, engine.stats())
+            else:
+                engine.handle(router, item)
+        if time.monotonic() >= next_round:
+            next_round = time.monotonic() + STATS_INTERVAL_S
+            for router in leases.expired(time.monotonic()):
+                log.warning("a router's lease ended: its requests are freed", extra={"router": router.decode(errors="replace")})
+                engine.forget(router)
+            engine.expire()
+            for router in leases.routers:
+                channel.send(router, engine.stats())
+        if not engine.step():
+            poller.poll(TRANSFER_WAIT_MS if engine.transferring else IDLE_WAIT_MS)
+
+
+class RouterLeases:
+    """When each router was last heard from."""
+
+    def __init__(self, lease_s: float) -> None:
+        self._lease_s = lease_s
+        self._heard: dict[bytes, float] = {}
+
+    @property
+    def routers(self) -> list[bytes]:
+        return list(self._heard)
+
+    def renew(self, router: bytes, now: float) -> None:
+        self._heard[router] = now
+
+    def expired(self, now: float) -> list[bytes]:
+        """Routers whose lease is over; they are forgotten here."""
+        late = [router for router, heard in self._heard.items() if now - heard > self._lease_s]
+        for router in late:
+            del self._heard[router]
+        return late

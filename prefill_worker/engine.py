@@ -1,0 +1,289 @@
+"""The prefill engine: prompts in, first tokens to the router, KV to the outlet.
+
+submit -> waiting --pages--> running --last chunk--> sending --Delivered--> gone
+             |                  |                       |
+             +------------------+--- cancel, deadline --+----> gone, pages freed
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from splitserve.cluster.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelFailure,
+    Overloaded,
+    SplitserveError,
+    WorkerUnavailable,
+)
+from splitserve.cluster.layout import KvLayout
+from splitserve.cluster.messages import (
+    Cancel,
+    EngineStats,
+    Failed,
+    FirstToken,
+    HandOff,
+    Prefill,
+    SampleToken,
+    TokenLogprobs,
+)
+from splitserve.engine.batch import Batch, Chunk
+from splitserve.engine.block_manager import BlockManager
+from splitserve.engine.ranks import Ranks
+from splitserve.engine.sampler import prompt_logprobs, sample
+from splitserve.engine.sequence import ModelLimits, Sequence
+from splitserve.engine.serving import Send
+from splitserve.prefill_worker.outlet import KvOutlet
+from splitserve.prefill_worker.scheduler import plan_chunks
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PrefillLimits:
+    """`chunk_tokens`: prompt tokens computed a step; `max_requests`: waiting and running ones together."""
+
+    chunk_tokens: int
+    max_requests: int
+    model: ModelLimits
+
+
+@dataclass(eq=False)
+class _Request:
+    router: bytes
+    message: Prefill
+    sequence: Sequence
+    arrived: float
+    started: float = 0.0
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+    @property
+    def transfer_id(self) -> str:
+        return self.message.ticket.transfer_id
+
+
+class PrefillEngine:
+    """Scheduler and state of one prefill engine; single-threaded."""
+
+    def __init__(
+        self,
+        name: str,
+        incarnation: str,
+        ranks: Ranks,
+        blocks: BlockManager,
+        layout: KvLayout,
+        outlet: KvOutlet,
+        limits: PrefillLimits,
+        send: Send,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name, self._incarnation, self._layout = name, incarnation, layout
+        self._ranks, self._blocks, self._outlet = ranks, blocks, outlet
+        self._limits, self._send, self._clock = limits, send, clock
+        self._waiting: deque[_Request] = deque()
+        self._running: list[_Request] = []
+        self._sending: dict[str, _Request] = {}
+
+    def handle(self, router: bytes, item: object) -> None:
+        match item:
+            case Prefill():
+                self._submit(router, item)
+            case Cancel():
+                self._cancel(router, item)
+            case _:
+                log.warning("a prefill engine takes no %s", type(item).__name__)
+
+    def step(self) -> bool:
+        """Settle transfers, admit prompts, compute one packed batch of chunks."""
+        self._settle_transfers()
+        self._admit()
+        if not self._running:
+            return False
+        chunks = self._next_chunks()
+        logits = self._compute(chunks)
+        self._advance(chunks, logits)
+        return True
+
+    @property
+    def transferring(self) -> bool:
+        return bool(self._sending)
+
+    def forget(self, router: bytes) -> None:
+        for request in self._requests():
+            if request.router == router:
+                self._drop(request, "the router's lease ended")
+
+    def expire(self) -> None:
+        now = self._clock()
+        for request in self._requests():
+            if now - request.arrived > request.message.deadline_s:
+                self._fail(request, DeadlineExceeded("the deadline passed during prefill"))
+        if self._waiting:
+            self._outlet.keep([request.message.ticket for request in self._waiting])
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            engine=self._name,
+            incarnation=self._incarnation,
+            role="prefill",
+            layout=self._layout,
+            running=len(self._running),
+            waiting=len(self._waiting),
+            free_tokens=self._blocks.free_pages * self._blocks.page_size,
+            total_tokens=self._blocks.num_pages * self._blocks.page_size,
+            preemptions=0,
+        )
+
+    def _submit(self, router: bytes, item: Prefill) -> None:
+        sequence = Sequence.of(item, 0, self._limits.model)
+        request = _Request(router, item, sequence, self._clock())
+        try:
+            self._check(item)
+        except SplitserveError as error:
+            self._send(router, Failed(item.request_id, item.attempt, error.code, str(error)))
+            return
+        self._waiting.append(request)
+
+    def _check(self, item: Prefill) -> None:
+        self._limits.model.check(item)
+        if any(request.transfer_id == item.ticket.transfer_id for request in self._requests()):
+            raise InvalidRequest("transfer_id", item.ticket.transfer_id, "this transfer is under way already")
+        if len(self._waiting) + len(self._running) >= self._limits.max_requests:
+            raise Overloaded(f"{self._name} has {self._limits.max_requests} prompts already", 1.0)
+
+    def _cancel(self, router: bytes, item: Cancel) -> None:
+        for request in self._requests():
+            message = request.message
+            mine = (message.request_id, message.attempt, request.router) == (item.request_id, item.attempt, router)
+            if mine and item.sample is None:
+                self._drop(request, "cancelled")
+
+    def _requests(self) -> list[_Request]:
+        return [*self._waiting, *self._running, *self._sending.values()]
+
+    def _admit(self) -> None:
+        """Take in no more prompts than the next step can compute: later ones may find prefixes that these leave."""
+        while self._waiting and self._pending_tokens() < self._limits.chunk_tokens:
+            request = self._waiting[0]
+            try:
+                table = self._outlet.open(request.message)
+            except SplitserveError as error:
+                self._remove(request)
+                self._report(request, error)
+                continue
+            if table is None:
+                return
+            self._waiting.popleft()
+            request.started = self._clock()
+            request.sequence.table = table
+            request.sequence.computed_tokens = table.cached_tokens
+            self._running.append(request)
+
+    def _pending_tokens(self) -> int:
+        return sum(request.sequence.pending_tokens for request in self._running)
+
+    def _next_chunks(self) -> list[tuple[_Request, int]]:
+        sizes = plan_chunks([request.sequence.pending_tokens for request in self._running], self._limits.chunk_tokens)
+        return [(request, size) for request, size in zip(self._running, sizes, strict=True) if size]
+
+    def _compute(self, chunks: list[tuple[_Request, int]]) -> torch.Tensor:
+        batch = Batch.of([Chunk(request.sequence, size, _wanted_logits(request, size)) for request, size in chunks])
+        written = [(request.transfer_id, request.sequence.computed_tokens + size) for request, size in chunks]
+        logits: torch.Tensor = self._ranks.execute(self._outlet.run_command(batch, written))
+        return logits
+
+    def _advance(self, chunks: list[tuple[_Request, int]], logits: torch.Tensor) -> None:
+        row = 0
+        for request, size in chunks:
+            wanted = _wanted_logits(request, size)
+            rows = logits[row : row + wanted]
+            row += wanted
+            sequence = request.sequence
+            if request.message.params.prompt_logprobs is not None:
+                self._note_prompt_logprobs(request, size, rows)
+            sequence.computed_tokens += size
+            assert sequence.table is not None
+            self._blocks.publish(sequence.table, sequence.token_ids, sequence.computed_tokens)
+            if not sequence.pending_tokens:
+                self._finish(request, rows[-1:])
+
+    def _note_prompt_logprobs(self, request: _Request, size: int, rows: torch.Tensor) -> None:
+        sequence, top = request.sequence, request.message.params.prompt_logprobs
+        assert top is not None
+        targets = sequence.token_ids[sequence.computed_tokens + 1 : sequence.computed_tokens + size + 1]
+        request.prompt_logprobs += tuple(prompt_logprobs(rows[: len(targets)], targets, top))
+
+    def _finish(self, request: _Request, logits: torch.Tensor) -> None:
+        """Sample the first token of every sample, answer the router at once, let the KV follow."""
+        message, prompt = request.message, request.sequence
+        samples = [replace(prompt, sample=n, token_ids=list(prompt.token_ids)) for n in range(message.params.n)]
+        chosen = sample(logits.expand(len(samples), -1), [sequence.sampler_row() for sequence in samples])
+        tokens = []
+        for sequence, token in zip(samples, chosen, strict=True):
+            if token is None:
+                self._fail(request, ModelFailure("the model's logits are not finite"))
+                return
+            tokens.append(sequence.take(token.token_id, token.logprobs))
+        self._running.remove(request)
+        self._sending[request.transfer_id] = request
+        self._send(request.router, self._first_token(request, tuple(tokens)))
+        self._outlet.finish(request.transfer_id, HandOff(tuple(token.token_id for token in tokens)))
+
+    def _first_token(self, request: _Request, tokens: tuple[SampleToken, ...]) -> FirstToken:
+        table = request.sequence.table
+        wants_prompt = request.message.params.prompt_logprobs is not None
+        return FirstToken(
+            request_id=request.message.request_id,
+            attempt=request.message.attempt,
+            tokens=tokens,
+            prompt_logprobs=request.prompt_logprobs if wants_prompt else None,
+            cached_tokens=table.cached_tokens if table else 0,
+            queue_s=request.started - request.arrived,
+            prefill_s=self._clock() - request.started,
+        )
+
+    def _settle_transfers(self) -> None:
+        for delivered in self._outlet.poll():
+            for request in self._requests():
+                if request.transfer_id != delivered.transfer_id:
+                    continue
+                self._remove(request)
+                if delivered.error is not None:
+                    self._report(request, WorkerUnavailable(delivered.error))
+
+    def _fail(self, request: _Request, error: SplitserveError) -> None:
+        self._drop(request, str(error))
+        self._report(request, error)
+
+    def _report(self, request: _Request, error: SplitserveError) -> None:
+        message = request.message
+        log.warning("%s", error, extra={"request_id": message.request_id})
+        self._send(request.router, Failed(message.request_id, message.attempt, error.code, str(error)))
+
+    def _drop(self, request: _Request, reason: str) -> None:
+        if request in self._waiting:
+            self._outlet.decline(request.message.ticket, reason)
+        else:
+            self._outlet.abort(request.transfer_id, reason)
+        self._remove(request)
+
+    def _remove(self, request: _Request) -> None:
+        if request in self._waiting:
+            self._waiting.remove(request)
+        if request in self._running:
+            self._running.remove(request)
+        self._sending.pop(request.transfer_id, None)
+
+
+def _wanted_logits(request: _Request, size: int) -> int:
+    """How many of the chunk's last rows need logits: all for prompt log probabilities, else the prompt's last one."""
+    if request.message.params.prompt_logprobs is not None:
+        return size
+    return int(size == request.sequence.pending_tokens)

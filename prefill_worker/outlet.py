@@ -1,0 +1,204 @@
+"""Where prefilled KV goes: over the wire to a decode engine, or, colocated, nowhere at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from splitserve.cluster.codec import message
+from splitserve.cluster.errors import TransferFailed
+from splitserve.cluster.messages import HandOff, Prefill, Ticket
+from splitserve.engine.batch import Batch
+from splitserve.engine.block_manager import BlockManager, BlockTable
+from splitserve.engine.ranks import Agreement, Handlers, Ranks
+from splitserve.engine.runner import ModelRunner
+from splitserve.kv_transfer.protocol import SendFailed
+from splitserve.kv_transfer.sender import KvSender
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """The transfer is over on the prefill side; `error` says why it failed, if it did."""
+
+    transfer_id: str
+    error: str | None
+
+
+class KvOutlet(Protocol):
+    """What the prefill engine needs to know of the way that KV takes."""
+
+    def open(self, request: Prefill) -> BlockTable | None:
+        """Pages to compute the prompt's KV into; None when there is no room now.
+
+        Raises TransferFailed when the ticket is good no more.
+        """
+
+    def run_command(self, batch: Batch, written: Sequence[tuple[str, int]]) -> object:
+        """The command that runs `batch`, after which each (transfer, stop token) of `written` is in its pages."""
+
+    def finish(self, transfer_id: str, hand_off: HandOff) -> None:
+        """The whole prompt is computed and the first tokens are known. `Delivered` follows from `poll`."""
+
+    def keep(self, tickets: Sequence[Ticket]) -> None:
+        """These transfers wait for their turn: keep their reservations alive."""
+
+    def decline(self, ticket: Ticket, reason: str) -> None:
+        """Give up a transfer that was never opened."""
+
+    def abort(self, transfer_id: str, reason: str) -> None:
+        """Give up a transfer that was opened. Its pages are free at once; nothing follows from `poll`."""
+
+    def poll(self) -> list[Delivered]: ...
+
+
+@message
+@dataclass(frozen=True)
+class RenewSends:
+    tickets: tuple[Ticket, ...]
+
+
+@message
+@dataclass(frozen=True)
+class DeclineSend:
+    ticket: Ticket
+    reason: str
+
+
+@message
+@dataclass(frozen=True)
+class BeginSend:
+    ticket: Ticket
+    pages: list[int]
+    cached_tokens: int
+
+
+@message
+@dataclass(frozen=True)
+class RunAndSend:
+    """Run the model and send, layer by layer, what it writes: each (transfer, stop token) of `written`."""
+
+    batch: Batch
+    written: tuple[tuple[str, int], ...]
+
+
+@message
+@dataclass(frozen=True)
+class FinishSend:
+    transfer_id: str
+    hand_off: HandOff
+
+
+@message
+@dataclass(frozen=True)
+class AbortSend:
+    transfer_id: str
+    reason: str
+
+
+@message
+@dataclass(frozen=True)
+class SendOver:
+    """A rank's report: all of its KV is with the decode side, or never will be (`error`)."""
+
+    transfer_id: str
+    error: str | None
+
+
+class SendService:
+    """A prefill rank's part of every transfer."""
+
+    def __init__(self, runner: ModelRunner, sender: KvSender) -> None:
+        self._runner, self._sender = runner, sender
+        self._reports: list[object] = []
+        self.handlers: Handlers = {
+            RenewSends: self._renew,
+            DeclineSend: lambda command: sender.decline(command.ticket, command.reason),
+            BeginSend: self._begin,
+            RunAndSend: self._run,
+            FinishSend: lambda command: sender.finish(command.transfer_id, command.hand_off),
+            AbortSend: lambda command: sender.abort(command.transfer_id, command.reason),
+        }
+
+    def poll(self) -> list[object]:
+        self._pump()
+        reports, self._reports = self._reports, []
+        return reports
+
+    def _renew(self, command: RenewSends) -> None:
+        for ticket in command.tickets:
+            self._sender.renew(ticket)
+
+    def _begin(self, command: BeginSend) -> None:
+        ticket = command.ticket
+        try:
+            self._sender.begin(ticket, command.pages)
+        except TransferFailed as error:
+            self._sender.decline(ticket, str(error))
+            self._reports.append(SendOver(ticket.transfer_id, str(error)))
+            return
+        for layer in range(ticket.layout.num_layers):
+            self._sender.ready(ticket.transfer_id, layer, command.cached_tokens)
+
+    def _run(self, command: RunAndSend) -> object:
+        def layer_written(layer: int) -> None:
+            for transfer_id, stop_token in command.written:
+                self._sender.ready(transfer_id, layer, stop_token)
+            self._pump()
+
+        return self._runner.run(command.batch, layer_written)
+
+    def _pump(self) -> None:
+        for event in self._sender.pump():
+            self._reports.append(SendOver(event.transfer_id, event.reason if isinstance(event, SendFailed) else None))
+
+
+class SendOutlet:
+    """KV goes to decode engines. Prompt pages come from the prefill engine's own cache and stay until all is sent."""
+
+    def __init__(self, ranks: Ranks, blocks: BlockManager) -> None:
+        self._ranks, self._blocks = ranks, blocks
+        self._tables: dict[str, BlockTable] = {}
+        self._agreement = Agreement(ranks.size)
+
+    def open(self, request: Prefill) -> BlockTable | None:
+        # Prompt log probabilities need the logits of every position, so nothing may come from the cache.
+        reuse = None if request.params.prompt_logprobs is None else 0
+        table = self._blocks.allocate(request.token_ids, request.extra_keys, max_cached_tokens=reuse)
+        if table is not None:
+            self._tables[request.ticket.transfer_id] = table
+            self._ranks.execute(BeginSend(request.ticket, table.pages, table.cached_tokens))
+        return table
+
+    def run_command(self, batch: Batch, written: Sequence[tuple[str, int]]) -> object:
+        return RunAndSend(batch, tuple(written))
+
+    def finish(self, transfer_id: str, hand_off: HandOff) -> None:
+        self._ranks.execute(FinishSend(transfer_id, hand_off))
+
+    def keep(self, tickets: Sequence[Ticket]) -> None:
+        self._ranks.execute(RenewSends(tuple(tickets)))
+
+    def decline(self, ticket: Ticket, reason: str) -> None:
+        self._ranks.execute(DeclineSend(ticket, reason))
+
+    def abort(self, transfer_id: str, reason: str) -> None:
+        self._ranks.execute(AbortSend(transfer_id, reason))
+        self._close(transfer_id)
+
+    def poll(self) -> list[Delivered]:
+        delivered = []
+        for rank, report in self._ranks.poll():
+            if not isinstance(report, SendOver) or report.transfer_id not in self._tables:
+                continue
+            if report.error is not None:
+                self.abort(report.transfer_id, report.error)
+                delivered.append(Delivered(report.transfer_id, report.error))
+            elif self._agreement.add(report.transfer_id, rank):
+                self._close(report.transfer_id)
+                delivered.append(Delivered(report.transfer_id, None))
+        return delivered
+
+    def _close(self, transfer_id: str) -> None:
+        self._agreement.forget(transfer_id)
+        self._blocks.free(self._tables.pop(transfer_id))

@@ -1,0 +1,61 @@
+"""Admission: how many requests may run, how many may wait, and when to come back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from splitserve.cluster.errors import Overloaded
+
+MIN_RETRY_S = 0.1
+MAX_RETRY_S = 30.0
+SMOOTHING = 0.1
+
+
+class Admission:
+    """At most `max_active` requests are admitted at once and at most `max_queue` wait, first come first served.
+
+    `active` counts the admitted; `queued` those that wait, be it for admission or, already admitted, for an engine.
+    """
+
+    def __init__(self, max_queue: int, max_active: int) -> None:
+        self._max_queue = max_queue
+        self._slots = asyncio.Semaphore(max_active)
+        self._service_s = 1.0  # smoothed time that a request takes
+        self.queued = 0
+        self.active = 0
+
+    @asynccontextmanager
+    async def admit(self) -> AsyncIterator[None]:
+        """Hold one of the places, after waiting for it if need be. Raises Overloaded when the queue is full."""
+        if self._slots.locked():
+            with self.wait():
+                await self._slots.acquire()
+        else:
+            await self._slots.acquire()
+        self.active += 1
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.active -= 1
+            self._slots.release()
+            self._service_s += SMOOTHING * (time.monotonic() - started - self._service_s)
+
+    @contextmanager
+    def wait(self) -> Iterator[None]:
+        """Count as one more that waits. Raises Overloaded when the queue is full."""
+        if self.queued >= self._max_queue:
+            raise Overloaded(f"the queue is full: {self.queued} requests wait", self.retry_after_s())
+        self.queued += 1
+        try:
+            yield
+        finally:
+            self.queued -= 1
+
+    def retry_after_s(self) -> float:
+        """When about half of the queue will have moved on, by the time that requests took lately."""
+        estimate = self._service_s * self.queued / (2 * max(self.active, 1))
+        return min(max(estimate, MIN_RETRY_S), MAX_RETRY_S)

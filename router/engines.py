@@ -1,0 +1,154 @@
+"""The router's connections to engines: who is there, how each one does, and what it says."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from splitserve.cluster.channel import CurveKeys, RouterChannel
+from splitserve.cluster.layout import KvLayout
+from splitserve.cluster.messages import EngineStats, Heartbeat, Member, Prefill, Reserve
+from splitserve.router.policy import EngineView
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0
+BURST = 64  # messages of one engine that are taken before others get a turn
+
+
+class Engine:
+    """One connected engine. It is `ready` while it answers heartbeats, as the incarnation that membership named."""
+
+    def __init__(self, member: Member, channel: RouterChannel) -> None:
+        self.member = member
+        self.channel = channel
+        self.stats: EngineStats | None = None
+        self.last_seen = time.monotonic()
+        self.ready = False
+        self.placed = 0  # requests given to it since its last stats
+        self.tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def load(self) -> int:
+        """Requests that it runs or has waiting, as far as known."""
+        return self.placed + (self.stats.running + self.stats.waiting if self.stats else 0)
+
+    def close(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        self.channel.close()
+
+
+class Engines:
+    """All engines of the cluster, kept equal to a membership list.
+
+    `on_message(engine, message)` gets all that engines say about requests; `on_lost(engine, reason)` is called when one
+    leaves, restarts or falls silent for `timeout_s` seconds.
+    """
+
+    def __init__(
+        self,
+        identity: str,
+        keys: CurveKeys | None,
+        timeout_s: float,
+        on_message: Callable[[str, Any], None],
+        on_lost: Callable[[str, str], None],
+    ) -> None:
+        self._identity = identity
+        self._keys = keys
+        self._timeout_s = timeout_s
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._engines: dict[str, Engine] = {}
+        self._sends: set[asyncio.Task[None]] = set()
+
+    def __iter__(self) -> Iterator[Engine]:
+        return iter(self._engines.values())
+
+    def set_members(self, members: Sequence[Member]) -> None:
+        """Connect to new engines and drop those that are gone. A changed incarnation is a new engine."""
+        wanted = {member.engine: member for member in members}
+        for name, engine in list(self._engines.items()):
+            if wanted.get(name) != engine.member:
+                del self._engines[name]
+                engine.close()
+                self._on_lost(name, "restarted" if name in wanted else "left the cluster")
+        for name, member in wanted.items():
+            if name not in self._engines:
+                self._engines[name] = self._connect(member)
+
+    def layout(self, name: str) -> KvLayout:
+        """The KV layout of engine `name`, which must be a member."""
+        return self._engines[name].member.layout
+
+    def views(self, *roles: str) -> list[EngineView]:
+        """The engines of these roles that can take requests, by name."""
+        ready = [engine for name, engine in sorted(self._engines.items()) if engine.ready]
+        return [
+            EngineView(engine.member.engine, engine.member.role, engine.load)
+            for engine in ready
+            if engine.member.role in roles
+        ]
+
+    def place(self, name: str, message: Reserve | Prefill) -> None:
+        """Send a request to engine `name`, and count it in its load until its next stats."""
+        if name in self._engines:
+            self._engines[name].placed += 1
+        self.send(name, message)
+
+    def send(self, name: str, message: object) -> None:
+        """Send without waiting; to an engine that is gone, nothing."""
+        engine = self._engines.get(name)
+        if engine is not None:
+            task = asyncio.ensure_future(engine.channel.send(message))
+            self._sends.add(task)
+            task.add_done_callback(self._sends.discard)
+
+    async def close(self) -> None:
+        """Send what is under way, then disconnect."""
+        if self._sends:
+            await asyncio.wait(self._sends, timeout=1.0)
+        for engine in self._engines.values():
+            engine.close()
+        self._engines.clear()
+
+    def _connect(self, member: Member) -> Engine:
+        engine = Engine(member, RouterChannel(member.address, self._identity.encode(), self._keys))
+        engine.tasks = [asyncio.ensure_future(self._listen(engine)), asyncio.ensure_future(self._watch(engine))]
+        return engine
+
+    async def _listen(self, engine: Engine) -> None:
+        while True:
+            for _ in range(BURST):  # a receive that finds a message waiting does not yield to the loop
+                message = await engine.channel.receive()
+                if type(message) is EngineStats:
+                    self._heard(engine, message)
+                else:
+                    self._on_message(engine.member.engine, message)
+            await asyncio.sleep(0)
+
+    async def _watch(self, engine: Engine) -> None:
+        """Send heartbeats, and notice silence."""
+        while True:
+            await engine.channel.send(Heartbeat(self._identity))
+            await asyncio.sleep(min(HEARTBEAT_S, self._timeout_s / 4))
+            silent_s = time.monotonic() - engine.last_seen
+            if engine.ready and silent_s > self._timeout_s:
+                self._lose(engine, f"silent for {silent_s:.1f} s")
+
+    def _heard(self, engine: Engine, stats: EngineStats) -> None:
+        if stats.incarnation != engine.member.incarnation:
+            if engine.ready:
+                self._lose(engine, "restarted")
+            return
+        engine.stats, engine.placed = stats, 0
+        engine.last_seen = time.monotonic()
+        engine.ready = True
+
+    def _lose(self, engine: Engine, reason: str) -> None:
+        engine.ready = False
+        log.warning("engine lost", extra={"engine": engine.member.engine, "reason": reason})
+        self._on_lost(engine.member.engine, reason)

@@ -1,0 +1,316 @@
+"""Fake engines for tests and benchmarks: real messages over real sockets, no model, and faults on demand.
+
+They answer every prompt with its own tokens, over and over. KV "moves" by a call from one fake to the other.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import zmq
+
+from splitserve.cluster.channel import CurveKeys, WorkerChannel
+from splitserve.cluster.layout import KvLayout
+from splitserve.cluster.messages import (
+    Busy,
+    Cancel,
+    EngineStats,
+    Failed,
+    FinishReason,
+    FirstToken,
+    Granted,
+    Heartbeat,
+    Joined,
+    Member,
+    Prefill,
+    RankEndpoint,
+    Reserve,
+    SampleToken,
+    StepTokens,
+    Ticket,
+    TokenLogprobs,
+)
+from splitserve.cluster.sampling import SamplingParams
+
+LAYOUT = KvLayout(tp=1, num_layers=1, planes=2, num_kv_heads=1, head_dim=1, page_size=16, dtype="float32")
+TOKENS_PER_REQUEST = 16  # where the request sets no max_tokens
+IDLE_S = 0.02
+NO_LOGPROBS = TokenLogprobs(-0.5, ())
+
+Role = Literal["prefill", "decode", "colocated"]
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """How fake engines behave; durations in seconds."""
+
+    prefill_s: float = 0.0
+    transfer_s: float = 0.0
+    step_s: float = 0.002
+    slots: int = 1024  # requests that a decode engine takes before it answers Busy
+    retry_after_s: float = 0.02
+    first_token_delay_s: float = 0.0  # sends first tokens late, after decode's
+    fail_prefill: tuple[str, str] | None = None  # (code, message) of Failed instead of a first token
+
+
+PROMPT = Behaviour()
+
+
+@dataclass
+class _Job:
+    """One request on one engine."""
+
+    router: bytes
+    request_id: str
+    attempt: int
+    token_ids: list[int]
+    params: SamplingParams
+    position: int = 0
+    live: set[int] = field(default_factory=set)
+
+    @property
+    def end(self) -> int:
+        return len(self.token_ids) + (self.params.max_tokens or TOKENS_PER_REQUEST)
+
+    def token(self, sample: int) -> SampleToken:
+        """The token at the current position."""
+        token_id = self.token_ids[(self.position + sample) % len(self.token_ids)]
+        reason: FinishReason | None = "length" if self.position + 1 == self.end else None
+        logprobs = None if self.params.logprobs is None else NO_LOGPROBS
+        return SampleToken(self.request_id, self.attempt, sample, self.position, token_id, reason, logprobs)
+
+
+class FakeEngine:
+    """One engine; `cluster` carries its timers and its KV."""
+
+    def __init__(self, name: str, role: Role, incarnation: str, cluster: FakeCluster, keys: CurveKeys | None) -> None:
+        self.channel = WorkerChannel("127.0.0.1", keys)
+        self.member = Member(name, incarnation, role, self.channel.address, LAYOUT)
+        self.cancels: list[Cancel] = []
+        self.jobs: dict[tuple[str, int], _Job] = {}
+        self.decoding: dict[tuple[str, int], _Job] = {}
+        self._cluster = cluster
+        self._behaviour = cluster.behaviour
+        self._next_step = 0.0
+        self._closed = False
+
+    def receive(self) -> None:
+        """Handle all waiting messages."""
+        for router, message in self.channel.receive():
+            match message:
+                case Heartbeat():
+                    self._send(router, self._stats())
+                case Reserve():
+                    self._reserve(router, message)
+                case Prefill():
+                    self._prefill(router, message)
+                case Cancel():
+                    self._cancel(message)
+
+    def close(self) -> None:
+        """Be gone: what still wants to happen here does not."""
+        self._closed = True
+        self.jobs.clear()
+        self.decoding.clear()
+        self.channel.close()
+
+    def join(self, key: tuple[str, int]) -> None:
+        """The KV of a request is here: decode it."""
+        job = self.jobs.get(key)
+        if job is None:
+            return
+        self._send(job.router, Joined(*key))
+        job.position = len(job.token_ids) + 1
+        job.live = set(range(job.params.n))
+        if job.position < job.end:
+            self.decoding[key] = job
+        else:
+            del self.jobs[key]
+
+    def step(self, now: float) -> float:
+        """One token for every live sample, if a step is due. Returns when the next one is."""
+        if not self.decoding:
+            return now + IDLE_S
+        if now < self._next_step:
+            return self._next_step
+        self._next_step = max(self._next_step + self._behaviour.step_s, now)
+        by_router: dict[bytes, list[SampleToken]] = {}
+        for key, job in list(self.decoding.items()):
+            by_router.setdefault(job.router, []).extend(map(job.token, sorted(job.live)))
+            job.position += 1
+            if job.position == job.end:
+                del self.decoding[key], self.jobs[key]
+        for router, tokens in by_router.items():
+            self._cluster.on_step(tokens)
+            self._send(router, StepTokens(tuple(tokens)))
+        return self._next_step
+
+    def _send(self, router: bytes, message: object) -> None:
+        if not self._closed:
+            self.channel.send(router, message)
+
+    def _stats(self) -> EngineStats:
+        member, running = self.member, len(self.jobs)
+        return EngineStats(
+            member.engine, member.incarnation, member.role, LAYOUT, running, 0, 10_000 - running, 10_000, 0
+        )
+
+    def _reserve(self, router: bytes, message: Reserve) -> None:
+        key = (message.request_id, message.attempt)
+        if len(self.jobs) >= self._behaviour.slots:
+            self._send(router, Busy(*key, self._behaviour.retry_after_s))
+            return
+        self.jobs[key] = _Job(router, *key, message.token_ids, message.params)
+        endpoint = RankEndpoint(self.member.engine, "memory", "localhost", "", 0, 0)
+        ticket = Ticket("/".join(map(str, key)), 1, LAYOUT, 0, len(message.token_ids), 10.0, (endpoint,))
+        self._send(router, Granted(*key, ticket))
+
+    def _prefill(self, router: bytes, message: Prefill) -> None:
+        key = (message.request_id, message.attempt)
+        job = _Job(router, *key, message.token_ids, message.params, position=len(message.token_ids))
+        if self.member.role == "prefill":
+            self.jobs[key] = job
+        decode = message.ticket.endpoints[0].address
+        self._cluster.after(self._behaviour.prefill_s, lambda: self._answer(key, job, decode))
+
+    def _answer(self, key: tuple[str, int], job: _Job, decode: str) -> None:
+        if key not in self.jobs:
+            return
+        if self._behaviour.fail_prefill is not None:
+            self.jobs.pop(key)
+            self._send(job.router, Failed(*key, *self._behaviour.fail_prefill))
+            return
+        prompt_logprobs = None
+        if job.params.prompt_logprobs is not None:
+            prompt_logprobs = (NO_LOGPROBS,) * (len(job.token_ids) - 1)
+        tokens = tuple(map(job.token, range(job.params.n)))
+        first = FirstToken(*key, tokens, prompt_logprobs, 0, 0.0, self._behaviour.prefill_s)
+        self._cluster.on_step(tokens)
+        self._cluster.after(self._behaviour.first_token_delay_s, lambda: self._send(job.router, first))
+        self._cluster.after(self._behaviour.transfer_s, lambda: self._hand_over(key, decode))
+
+    def _hand_over(self, key: tuple[str, int], decode: str) -> None:
+        if self.member.role == "prefill" and self.jobs.pop(key, None) is None:
+            return
+        self._cluster.join(decode, key)
+
+    def _cancel(self, message: Cancel) -> None:
+        self.cancels.append(message)
+        key = (message.request_id, message.attempt)
+        job = self.decoding.get(key)
+        if message.sample is not None and job is not None:
+            job.live.discard(message.sample)
+        if message.sample is None or (job is not None and not job.live):
+            self.jobs.pop(key, None)
+            self.decoding.pop(key, None)
+
+
+class FakeCluster:
+    """Fake engines in a thread of their own, as a context manager. `members` is what a router is told.
+
+    `on_step(tokens)` sees all tokens just before they are sent, in that thread.
+    """
+
+    def __init__(
+        self,
+        prefills: int = 1,
+        decodes: int = 1,
+        behaviour: Behaviour = PROMPT,
+        *,
+        colocated: bool = False,
+        keys: CurveKeys | None = None,
+        on_step: Callable[[Sequence[SampleToken]], None] = lambda tokens: None,
+    ) -> None:
+        self.behaviour = behaviour
+        self.on_step = on_step
+        self.engines: dict[str, FakeEngine] = {}
+        self._keys = keys
+        self._incarnations = itertools.count(1)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._timer_ids = itertools.count()
+        self._stopping = False
+        for index in range(0 if colocated else prefills):
+            self._start("prefill", index, "prefill")
+        for index in range(decodes):
+            self._start("decode", index, "colocated" if colocated else "decode")
+        self._thread = threading.Thread(target=self._run, name="fake-engines", daemon=True)
+
+    def __enter__(self) -> FakeCluster:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stopping = True
+        self._thread.join()
+        for engine in self.engines.values():
+            engine.close()
+
+    @property
+    def members(self) -> list[Member]:
+        return [engine.member for engine in self.engines.values()]
+
+    def kill(self, name: str) -> None:
+        """End an engine without a word."""
+        self._do(lambda: self.engines.pop(name).close())
+
+    def restart(self, name: str) -> None:
+        """Replace an engine by a new incarnation, which knows of no request."""
+        pool, index, _ = name.split("/")
+
+        def replace() -> None:
+            old = self.engines.pop(name)
+            old.close()
+            self._start(pool, int(index), old.member.role)
+
+        self._do(replace)
+
+    def after(self, delay_s: float, action: Callable[[], None]) -> None:
+        """Run `action` in the engines' thread; for engines only."""
+        heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._timer_ids), action))
+
+    def join(self, decode: str, key: tuple[str, int]) -> None:
+        """Move a request's KV to engine `decode`; for engines only."""
+        if decode in self.engines:
+            self.engines[decode].join(key)
+
+    def _start(self, pool: str, index: int, role: Role) -> None:
+        name = f"{pool}/{index}/0"
+        self.engines[name] = FakeEngine(name, role, str(next(self._incarnations)), self, self._keys)
+
+    def _do(self, action: Callable[[], object]) -> None:
+        """Run `action` in the engines' thread and wait for it."""
+        done = threading.Event()
+
+        def command() -> None:
+            action()
+            done.set()
+
+        self._commands.put(command)
+        if not done.wait(5.0):
+            raise RuntimeError("the fake engines' thread does not answer")
+
+    def _run(self) -> None:
+        while not self._stopping:
+            while not self._commands.empty():
+                self._commands.get()()
+            engines = list(self.engines.values())
+            for engine in engines:
+                engine.receive()
+            while self._timers and self._timers[0][0] <= time.monotonic():
+                heapq.heappop(self._timers)[2]()
+            due = min([engine.step(time.monotonic()) for engine in engines] + [timer[0] for timer in self._timers[:1]])
+            self._wait(engines, due - time.monotonic())
+
+    def _wait(self, engines: Sequence[FakeEngine], seconds: float) -> None:
+        poller = zmq.Poller()
+        for engine in engines:
+            poller.register(engine.channel.socket, zmq.POLLIN)
+        poller.poll(int(min(max(seconds, 0.0), IDLE_S) * 1000))

@@ -1,0 +1,164 @@
+"""The gRPC surface: the methods of splitserve.v1.SplitServe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from splitserve.cluster.errors import InvalidRequest, Overloaded, SplitserveError
+from splitserve.cluster.messages import TokenLogprobs
+from splitserve.cluster.sampling import SamplingParams
+from splitserve.router.dispatcher import Dispatcher
+from splitserve.router.output_buffer import Delta
+from splitserve.router.request import Chunk, Summary
+from splitserve.router.v1 import splitserve_pb2 as pb
+from splitserve.router.validate import Validator
+
+SERVICE: str = pb.DESCRIPTOR.services_by_name["SplitServe"].full_name
+RETRY_AFTER = "retry-after-ms"  # trailing metadata of RESOURCE_EXHAUSTED
+FINISH_REASONS = {
+    None: pb.FINISH_REASON_UNSPECIFIED,
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+}
+
+Context = grpc.aio.ServicerContext[bytes, Message]
+M = TypeVar("M", bound=Message)
+R = TypeVar("R")
+
+
+class SplitServe:
+    """The service. `status` makes the answer to Status."""
+
+    def __init__(
+        self,
+        validator: Validator,
+        dispatcher: Dispatcher,
+        default_deadline_s: float,
+        status: Callable[[], pb.StatusResponse],
+    ) -> None:
+        self._validator = validator
+        self._dispatcher = dispatcher
+        self._default_deadline_s = default_deadline_s
+        self._status = status
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """All methods, for a server. They parse requests themselves, so that bytes which are none get a clear error."""
+        stream, unary = grpc.unary_stream_rpc_method_handler, grpc.unary_unary_rpc_method_handler
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "Generate": stream(_method(pb.GenerateRequest, self._generate), response_serializer=_serialize),
+            "Chat": stream(_method(pb.ChatRequest, self._chat), response_serializer=_serialize),
+            "Tokenize": unary(_method(pb.TokenizeRequest, self._tokenize), response_serializer=_serialize),
+            "Detokenize": unary(_method(pb.DetokenizeRequest, self._detokenize), response_serializer=_serialize),
+            "ListModels": unary(_method(pb.ListModelsRequest, self._list_models), response_serializer=_serialize),
+            "Status": unary(_method(pb.StatusRequest, self._report_status), response_serializer=_serialize),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    async def _generate(self, request: pb.GenerateRequest, context: Context) -> None:
+        await self._stream(*await self._validator.generate(request), context)
+
+    async def _chat(self, request: pb.ChatRequest, context: Context) -> None:
+        await self._stream(*await self._validator.chat(request), context)
+
+    async def _stream(self, token_ids: list[int], params: SamplingParams, context: Context) -> None:
+        async def write(chunk: Chunk) -> None:
+            await context.write(_response(chunk))
+
+        remaining_s = context.time_remaining()
+        deadline_s = self._default_deadline_s if remaining_s is None or math.isinf(remaining_s) else remaining_s
+        summary = await self._dispatcher.serve(token_ids, params, deadline_s, write)
+        await context.write(pb.GenerateResponse(request_id=summary.request_id, summary=_summary(summary)))
+
+    async def _tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        return pb.TokenizeResponse(token_ids=await self._validator.tokenize(request))
+
+    async def _detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+        return pb.DetokenizeResponse(text=self._validator.detokenize(request))
+
+    async def _list_models(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        known = self._validator
+        model = pb.Model(name=known.model, context=known.context, vocab_size=known.tokenizer.vocab_size)
+        return pb.ListModelsResponse(models=[model])
+
+    async def _report_status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
+        return self._status()
+
+
+def _method(
+    request_type: type[M], behaviour: Callable[[M, Context], Awaitable[R]]
+) -> Callable[[bytes, Context], Awaitable[R]]:
+    """A handler that parses its request and turns our errors into gRPC statuses."""
+
+    async def handle(data: bytes, context: Context) -> R:
+        try:
+            return await behaviour(_parse(request_type, data), context)
+        except SplitserveError as error:
+            retry = ((RETRY_AFTER, str(round(error.retry_after_s * 1000))),) if isinstance(error, Overloaded) else ()
+            await context.abort(_status_code(error), str(error), retry)
+            raise
+
+    return handle
+
+
+def _parse(request_type: type[M], data: bytes) -> M:
+    try:
+        return request_type.FromString(data)
+    except DecodeError as error:
+        name = request_type.DESCRIPTOR.name
+        raise InvalidRequest("request", data[:40], f"send a {name} whose strings are all valid UTF-8") from error
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+def _status_code(error: SplitserveError) -> grpc.StatusCode:
+    return getattr(grpc.StatusCode, error.code, grpc.StatusCode.INTERNAL)
+
+
+def _response(chunk: Chunk) -> pb.GenerateResponse:
+    return pb.GenerateResponse(
+        request_id=chunk.request_id,
+        deltas=[_delta(delta) for delta in chunk.deltas],
+        prompt_logprobs=_logprobs(chunk.prompt_logprobs),
+    )
+
+
+def _delta(delta: Delta) -> pb.Delta:
+    return pb.Delta(
+        index=delta.index,
+        text=delta.text,
+        token_ids=delta.token_ids,
+        logprobs=_logprobs(delta.logprobs),
+        finish_reason=FINISH_REASONS[delta.finish_reason],
+    )
+
+
+def _logprobs(entries: Sequence[TokenLogprobs]) -> list[pb.TokenLogprobs]:
+    return [
+        pb.TokenLogprobs(
+            logprob=entry.logprob,
+            top=[pb.TokenLogprob(token_id=token, logprob=logprob) for token, logprob in entry.top],
+        )
+        for entry in entries
+    ]
+
+
+def _summary(summary: Summary) -> pb.Summary:
+    usage = pb.Usage(
+        prompt_tokens=summary.prompt_tokens,
+        cached_tokens=summary.cached_tokens,
+        completion_tokens=summary.completion_tokens,
+    )
+    timings: dict[str, Any] = vars(summary.timings)
+    return pb.Summary(
+        usage=usage,
+        timings=pb.Timings(**timings),
+        prefill_engine=summary.placement.prefill,
+        decode_engine=summary.placement.decode,
+    )

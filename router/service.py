@@ -1,0 +1,136 @@
+"""One router process: tokenizer, dispatcher and gRPC server, wired from the topology."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from splitserve import __version__
+from splitserve.cluster.channel import CurveKeys
+from splitserve.cluster.errors import StartupError
+from splitserve.cluster.messages import Member
+from splitserve.cluster.topology import Topology
+from splitserve.router.dispatcher import Dispatcher
+from splitserve.router.engines import Engine
+from splitserve.router.grpc_server import SERVICE, SplitServe
+from splitserve.router.tokenizer import Tokenizer
+from splitserve.router.v1 import splitserve_pb2 as pb
+from splitserve.router.validate import Validator
+
+HEALTH_PERIOD_S = 0.2
+GRACE_S = 1.0
+SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+    ("grpc.so_reuseport", 0),  # a port in use must be an error, not shared
+    ("grpc.keepalive_time_ms", 30_000),  # notices clients that vanished
+    ("grpc.keepalive_timeout_ms", 10_000),
+)
+
+
+class RouterService:
+    """Router `index` of the cluster. It runs on the event loop of `start`, in any thread."""
+
+    def __init__(
+        self, topology: Topology, model_folder: Path, *, keys: CurveKeys | None = None, index: int = 0
+    ) -> None:
+        self._topology = topology
+        self.address = topology.router.grpc_address(index)
+        self._started_at = time.monotonic()
+        self._members: tuple[Member, ...] = ()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        tokenizer = Tokenizer.load(model_folder)
+        identity = f"router-{index}-{secrets.token_hex(4)}"
+        validator = Validator(topology.model.served_name, tokenizer, topology.model.context)
+        self.dispatcher = Dispatcher(identity, topology.router, keys, tokenizer.detokenizer)
+        self._service = SplitServe(validator, self.dispatcher, topology.router.default_deadline_s, self._status)
+        self._health = health.aio.HealthServicer()
+
+    async def start(self) -> str:
+        """Listen, and return host:port. Raises StartupError when the address cannot be had."""
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self._server.add_generic_rpc_handlers((self._service.handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self._listen()
+        await self._server.start()
+        self._loop = asyncio.get_running_loop()
+        self.dispatcher.engines.set_members(self._members)
+        self._health_task = asyncio.create_task(self._report_health())
+        return self.address
+
+    def set_members(self, members: Sequence[Member]) -> None:
+        """Follow the cluster's membership. Callable from any thread, before `start` and after."""
+        self._members = tuple(members)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.dispatcher.engines.set_members, self._members)
+
+    async def stop(self) -> None:
+        """Refuse new requests, give running ones GRACE_S seconds, then end them."""
+        self._health_task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._health_task
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(GRACE_S)
+        await self.dispatcher.engines.close()
+
+    def _listen(self) -> None:
+        tls = self._topology.security.tls
+        try:
+            if tls is None:
+                self._server.add_insecure_port(self.address)
+            else:
+                pair = (Path(tls.key).read_bytes(), Path(tls.cert).read_bytes())
+                self._server.add_secure_port(self.address, grpc.ssl_server_credentials([pair]))
+        except (RuntimeError, OSError) as error:
+            raise StartupError(f"router.grpc: cannot listen on {self.address}: {error}") from error
+
+    async def _report_health(self) -> None:
+        """Healthy means that a request could be placed."""
+        serving = health_pb2.HealthCheckResponse.SERVING
+        not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
+        while True:
+            status = serving if self.dispatcher.ready else not_serving
+            for service in ("", SERVICE):
+                await self._health.set(service, status)
+            await asyncio.sleep(HEALTH_PERIOD_S)
+
+    def _status(self) -> pb.StatusResponse:
+        return pb.StatusResponse(
+            cluster=self._topology.name,
+            version=__version__,
+            model=self._topology.model.served_name,
+            engines=[_engine(engine) for engine in self.dispatcher.engines],
+            active_requests=self.dispatcher.admission.active,
+            queued_requests=self.dispatcher.admission.queued,
+            uptime_s=time.monotonic() - self._started_at,
+        )
+
+
+def _engine(engine: Engine) -> pb.Engine:
+    stats = engine.stats
+    return pb.Engine(
+        name=engine.member.engine,
+        role=engine.member.role,
+        incarnation=engine.member.incarnation,
+        state=_state(engine),
+        running=stats.running if stats else 0,
+        waiting=stats.waiting if stats else 0,
+        free_kv_tokens=stats.free_tokens if stats else 0,
+        total_kv_tokens=stats.total_tokens if stats else 0,
+        preemptions=stats.preemptions if stats else 0,
+        last_seen_s=time.monotonic() - engine.last_seen,
+    )
+
+
+def _state(engine: Engine) -> pb.EngineState.ValueType:
+    if engine.ready:
+        return pb.ENGINE_STATE_READY
+    return pb.ENGINE_STATE_STARTING if engine.stats is None else pb.ENGINE_STATE_SILENT

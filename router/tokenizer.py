@@ -1,0 +1,83 @@
+"""Text to token ids and back, from a Hugging Face folder, without transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from splitserve.cluster.errors import InvalidRequest, ModelLoadError
+from splitserve.router.chat_template import ChatTemplate, Conversation
+from splitserve.router.detokenizer import Detokenizer, TokenTable
+
+
+class Tokenizer:
+    """The tokenizer of one model. As in transformers, the text of a special token (`<|im_end|>`) becomes that token
+    wherever it stands, in what users write too."""
+
+    def __init__(self, fast: tokenizers.Tokenizer, template: ChatTemplate | None, vocab_size: int) -> None:
+        self._fast = fast
+        self._template = template
+        self._table = TokenTable(fast)
+        self.vocab_size = vocab_size
+        self.longest_token = max(map(len, fast.get_vocab(with_added_tokens=True)), default=1)
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read tokenizer.json and, where present, config.json (vocab_size) and the chat template.
+
+        Raises ModelLoadError naming the file that cannot be used.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ModelLoadError(f"{path}: not found; the model folder needs the tokenizer as tokenizer.json")
+        try:
+            fast = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the Rust library raises bare Exception
+            raise ModelLoadError(f"{path}: not a tokenizer: {error}") from error
+        settings = read_json(folder / "tokenizer_config.json")
+        vocab_size = read_json(folder / "config.json").get("vocab_size", fast.get_vocab_size(with_added_tokens=True))
+        return cls(fast, ChatTemplate.load(folder, settings), vocab_size)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a plain prompt, with what the tokenizer itself adds (BOS, for some models)."""
+        return self._fast.encode(text).ids
+
+    def encode_chat(self, messages: Conversation) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's answer. Raises InvalidRequest."""
+        if self._template is None:
+            raise InvalidRequest("messages", "a model without a chat template", "use Generate with a plain prompt")
+        # The template writes BOS and all other special tokens itself.
+        return self._fast.encode(self._template.render(messages), add_special_tokens=False).ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of `token_ids`, special tokens left out. Raises InvalidRequest for ids outside the vocabulary."""
+        self.check_ids("token_ids", token_ids)
+        detokenizer = self.detokenizer()
+        return "".join(map(detokenizer.push, token_ids)) + detokenizer.finish()
+
+    def detokenizer(self) -> Detokenizer:
+        """A fresh incremental decoder."""
+        return Detokenizer(self._table)
+
+    def check_ids(self, field: str, token_ids: Sequence[int]) -> None:
+        """Raise InvalidRequest naming `field` unless all ids lie in the vocabulary."""
+        if token_ids and (min(token_ids) < 0 or max(token_ids) >= self.vocab_size):
+            wrong = next(token for token in token_ids if not 0 <= token < self.vocab_size)
+            raise InvalidRequest(field, wrong, f"give token ids from 0 to {self.vocab_size - 1}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`, {} if there is no such file. Raises ModelLoadError naming the file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ModelLoadError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelLoadError(f"{path}: found {type(content).__name__}; expected an object")
+    return content

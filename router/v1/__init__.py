@@ -1,0 +1,1 @@
+"""Generated from splitserve.proto by `make proto`."""

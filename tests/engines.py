@@ -1,0 +1,216 @@
+"""A whole cluster's engines in one thread, without sockets: for tests of what they answer."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from splitserve.cluster.layout import KvLayout
+from splitserve.cluster.messages import (
+    Busy,
+    Cancel,
+    Failed,
+    FirstToken,
+    Granted,
+    Joined,
+    Prefill,
+    RankEndpoint,
+    Reserve,
+    SampleToken,
+    StepTokens,
+    TokenLogprobs,
+)
+from splitserve.cluster.sampling import SamplingParams
+from splitserve.decode_worker.engine import DecodeEngine, DecodeLimits
+from splitserve.decode_worker.inlet import ReceiveInlet, ReceiveService
+from splitserve.deploy.colocated import ColocatedEngine, LocalInlet, LocalOutlet
+from splitserve.engine.block_manager import BlockManager
+from splitserve.engine.kv_cache import KvCache
+from splitserve.engine.parking import HostTier
+from splitserve.engine.ranks import ParkingService, Rank, Ranks
+from splitserve.engine.runner import ModelRunner
+from splitserve.engine.sequence import ModelLimits
+from splitserve.kv_transfer.memory import Faults, MemoryNetwork, MemoryReceiver, MemorySender
+from splitserve.kv_transfer.receiver import KvReceiver
+from splitserve.kv_transfer.sender import KvSender
+from splitserve.kv_transfer.staging import WindowAllocator
+from splitserve.models.layers import SingleRank
+from splitserve.models.resolve import load_model_config
+from splitserve.models.weights import load_model
+from splitserve.prefill_worker.engine import PrefillEngine, PrefillLimits
+from splitserve.prefill_worker.outlet import SendOutlet, SendService
+
+ROUTER = b"router"
+STAGING_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    split: bool = True
+    chunk_tokens: int = 64
+    page_size: int = 16
+    pages: int = 256
+    slots: int = 16
+    max_sequences: int = 64
+    context: int = 512
+    prefix_cache: bool = True
+    host_tier: int = 1 << 30
+    faults: Faults = field(default_factory=Faults)
+    seed: int = 0
+    lease_s: float = 20.0
+
+
+@dataclass
+class Answer:
+    """What a router has heard about one request."""
+
+    tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    logprobs: dict[int, list[TokenLogprobs | None]] = field(default_factory=lambda: defaultdict(list))
+    reasons: dict[int, str] = field(default_factory=dict)
+    first: FirstToken | None = None
+    joined: bool = False
+    failed: Failed | None = None
+
+
+class InProcessCluster:
+    """One prefill and one decode engine (or one colocated), driven step by step by a minimal router."""
+
+    def __init__(self, folder: Path, settings: Settings = Settings()) -> None:
+        self.settings = settings
+        self._config = load_model_config(str(folder))
+        self._folder = folder
+        self._model = load_model(
+            folder,
+            self._config,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            tp=SingleRank(),
+            load_format="auto",
+            max_positions=settings.context,
+        )
+        self.layout = self._config.kv_layout(1, settings.page_size, "float32")
+        self.answers: dict[str, Answer] = {}
+        self._asked: dict[str, tuple[list[int], SamplingParams]] = {}
+        self._retry: list[str] = []
+        self._limits = ModelLimits(settings.context, self._config.vocab_size, frozenset(self._config.eos_token_ids))
+        self.engines: list[Any] = self._split() if settings.split else self._colocated()
+
+    def ask(self, name: str, token_ids: list[int], params: SamplingParams) -> None:
+        self.answers[name] = Answer()
+        self._asked[name] = (token_ids, params)
+        self._reserve(name)
+
+    def run(self, timeout_s: float = 60.0) -> dict[str, Answer]:
+        """Step until every request has its outcome."""
+        deadline = time.monotonic() + timeout_s
+        while not all(self._is_over(name) for name in self.answers):
+            self.step()
+            assert time.monotonic() < deadline, f"no outcome: {self.answers}"
+        return self.answers
+
+    def settle(self) -> None:
+        """Step until nothing is under way any more, late transfers and granted windows included."""
+        deadline = time.monotonic() + 4 * self.settings.lease_s
+        busy = True
+        while busy:
+            busy = any([engine.step() or engine.transferring for engine in self.engines])
+            busy = busy or (self.settings.split and self.staging.granted_bytes > 0)
+            assert time.monotonic() < deadline, "transfers did not end"
+
+    def step(self) -> None:
+        retry, self._retry = self._retry, []
+        for name in retry:
+            self._reserve(name)
+        for engine in self.engines:
+            engine.step()
+
+    def cancel(self, name: str, sample: int | None = None) -> None:
+        for engine in self.engines:
+            engine.handle(ROUTER, Cancel(name, 0, sample))
+
+    def free_pages(self) -> list[int]:
+        return [blocks.free_pages for blocks in self.blocks]
+
+    def _runner(self) -> ModelRunner:
+        return ModelRunner(
+            self._model, KvCache(self.layout, self.settings.pages, torch.device("cpu")), torch.device("cpu")
+        )
+
+    def _split(self) -> list[Any]:
+        settings, clock = self.settings, time.monotonic
+        network = MemoryNetwork(clock, settings.seed, settings.faults)
+        prefill_runner, decode_runner = self._runner(), self._runner()
+        sender = KvSender(prefill_runner.cache, 0, MemorySender(network, "prefill"), clock)
+        receiver = KvReceiver(
+            decode_runner.cache, 0, STAGING_BYTES, MemoryReceiver(network, "decode", STAGING_BYTES), clock
+        )
+        prefill_ranks = Ranks(Rank(prefill_runner, SendService(prefill_runner, sender)))
+        parking = ParkingService(decode_runner, HostTier(settings.host_tier))
+        decode_ranks = Ranks(Rank(decode_runner, parking, ReceiveService(receiver)))
+        endpoint = RankEndpoint("decode", "memory", "", "", 0, 0)
+        self.staging = WindowAllocator(STAGING_BYTES)
+        inlet = ReceiveInlet(decode_ranks, self.layout, [endpoint], self.staging, settings.lease_s)
+        self.blocks = [self._block_manager(), self._block_manager()]
+        prefill = self._prefill_engine(prefill_ranks, self.blocks[0], SendOutlet(prefill_ranks, self.blocks[0]))
+        return [prefill, self._decode_engine(decode_ranks, self.blocks[1], inlet)]
+
+    def _colocated(self) -> list[Any]:
+        runner = self._runner()
+        ranks = Ranks(Rank(runner, ParkingService(runner, HostTier(self.settings.host_tier))))
+        self.blocks = [self._block_manager()]
+        local = LocalInlet(self.layout, self.settings.lease_s)
+        prefill = self._prefill_engine(ranks, self.blocks[0], LocalOutlet(local))
+        return [ColocatedEngine(prefill, self._decode_engine(ranks, self.blocks[0], local))]
+
+    def _block_manager(self) -> BlockManager:
+        return BlockManager(self.settings.pages, self.settings.page_size, self.settings.prefix_cache)
+
+    def _prefill_engine(self, ranks: Ranks, blocks: BlockManager, outlet: Any) -> PrefillEngine:
+        limits = PrefillLimits(self.settings.chunk_tokens, self.settings.max_sequences, self._limits)
+        return PrefillEngine("prefill/0/0", "1", ranks, blocks, self.layout, outlet, limits, self._hear)
+
+    def _decode_engine(self, ranks: Ranks, blocks: BlockManager, inlet: Any) -> DecodeEngine:
+        limits = DecodeLimits(self.settings.slots, self.settings.max_sequences, self._limits)
+        return DecodeEngine("decode/0/0", "1", ranks, blocks, self.layout, inlet, limits, self._hear)
+
+    def _reserve(self, name: str) -> None:
+        token_ids, params = self._asked[name]
+        self.engines[-1].handle(ROUTER, Reserve(name, 0, token_ids, params, self.layout, 60.0))
+
+    def _hear(self, router: bytes, item: object) -> None:
+        match item:
+            case Granted(request_id=name, ticket=ticket):
+                token_ids, params = self._asked[name]
+                self.engines[0].handle(ROUTER, Prefill(name, 0, token_ids, params, ticket, 60.0))
+            case Busy(request_id=name):
+                self._retry.append(name)
+            case FirstToken(request_id=name):
+                self.answers[name].first = item
+                for token in item.tokens:
+                    self._take(token)
+            case Joined(request_id=name):
+                self.answers[name].joined = True
+            case StepTokens(tokens=tokens):
+                for token in tokens:
+                    self._take(token)
+            case Failed(request_id=name):
+                self.answers[name].failed = item
+
+    def _take(self, token: SampleToken) -> None:
+        answer = self.answers[token.request_id]
+        prompt = len(self._asked[token.request_id][0])
+        assert token.position == prompt + len(answer.tokens[token.sample]), "a token was lost or repeated"
+        assert token.sample not in answer.reasons, "a token came after the end"
+        answer.tokens[token.sample].append(token.token_id)
+        answer.logprobs[token.sample].append(token.logprobs)
+        if token.finish_reason is not None:
+            answer.reasons[token.sample] = token.finish_reason
+
+    def _is_over(self, name: str) -> bool:
+        answer = self.answers[name]
+        return answer.failed is not None or len(answer.reasons) == self._asked[name][1].n

@@ -1,0 +1,175 @@
+"""A prefill and a decode engine together: every request has one outcome, and everything is freed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from splitserve.cluster.sampling import SamplingParams
+from splitserve.kv_transfer.memory import Faults
+from tests.engines import ROUTER, InProcessCluster, Settings
+
+PARAMS = SamplingParams(max_tokens=10, ignore_eos=True)
+PROMPT = list(range(3, 60))
+BOTH = pytest.mark.parametrize("split", [True, False], ids=["split", "colocated"])
+
+
+def assert_everything_is_free(cluster: InProcessCluster) -> None:
+    cluster.settle()
+    assert cluster.free_pages() == [cluster.settings.pages] * len(cluster.blocks)
+    if cluster.settings.split:
+        assert cluster.staging.granted_bytes == 0
+    for engine in cluster.engines:
+        stats = engine.stats()
+        assert (stats.running, stats.waiting) == (0, 0)
+
+
+@BOTH
+def test_the_first_token_comes_from_prefill(tiny_model: Path, split: bool) -> None:
+    cluster = InProcessCluster(tiny_model, Settings(split=split))
+    cluster.ask("a", PROMPT, PARAMS)
+    answer = cluster.run()["a"]
+    assert answer.first is not None
+    assert answer.joined
+    assert [token.token_id for token in answer.first.tokens] == answer.tokens[0][:1]
+    assert answer.reasons == {0: "length"}
+    assert len(answer.tokens[0]) == 10
+    assert_everything_is_free(cluster)
+
+
+@BOTH
+def test_a_single_token_needs_no_decode_step(tiny_model: Path, split: bool) -> None:
+    cluster = InProcessCluster(tiny_model, Settings(split=split))
+    cluster.ask("a", PROMPT, replace(PARAMS, max_tokens=1))
+    answer = cluster.run()["a"]
+    assert answer.reasons == {0: "length"}
+    assert_everything_is_free(cluster)
+
+
+@BOTH
+def test_stop_ids_and_min_tokens(tiny_model: Path, split: bool) -> None:
+    cluster = InProcessCluster(tiny_model, Settings(split=split))
+    cluster.ask("free", PROMPT, PARAMS)
+    tokens = cluster.run()["free"].tokens[0]
+    stop = tokens[4]
+    cluster.ask("stopped", PROMPT, replace(PARAMS, stop_token_ids=(stop,)))
+    stopped = cluster.run()["stopped"]
+    assert stopped.tokens[0] == tokens[: tokens.index(stop) + 1]
+    assert stopped.reasons == {0: "stop"}
+    cluster.ask("longer", PROMPT, replace(PARAMS, stop_token_ids=(stop,), min_tokens=8))
+    assert stop not in cluster.run()["longer"].tokens[0][:8]
+
+
+@BOTH
+def test_the_context_ends_a_sequence(tiny_model: Path, split: bool) -> None:
+    cluster = InProcessCluster(tiny_model, Settings(split=split, context=64))
+    cluster.ask("a", PROMPT, SamplingParams(ignore_eos=True))
+    answer = cluster.run()["a"]
+    assert len(PROMPT) + len(answer.tokens[0]) == 64
+    assert answer.reasons == {0: "length"}
+
+
+@BOTH
+def test_prompt_logprobs_cover_the_prompt_however_it_is_chunked(tiny_model: Path, split: bool) -> None:
+    collected = []
+    for chunk_tokens in (16, 512):
+        cluster = InProcessCluster(tiny_model, Settings(split=split, chunk_tokens=chunk_tokens))
+        for name in ("cold", "warm"):  # the second one finds the prefix cached, and needs all logits nevertheless
+            cluster.ask(name, PROMPT, replace(PARAMS, prompt_logprobs=2))
+            first = cluster.run()[name].first
+            assert first is not None
+            assert first.prompt_logprobs is not None
+            assert len(first.prompt_logprobs) == len(PROMPT) - 1
+            collected.append(first.prompt_logprobs)
+    assert all(logprobs == collected[0] for logprobs in collected)
+
+
+@BOTH
+@pytest.mark.parametrize("seed", range(20))
+def test_cancelled_anywhere_everything_is_freed(tiny_model: Path, split: bool, seed: int) -> None:
+    dice = random.Random(seed)
+    cluster = InProcessCluster(tiny_model, Settings(split=split, chunk_tokens=16, prefix_cache=dice.random() < 0.5))
+    for index in range(4):
+        cluster.ask(f"{index}", dice.choices(range(3, 300), k=80), replace(PARAMS, n=dice.choice([1, 2])))
+    for _ in range(dice.randint(0, 30)):
+        cluster.step()
+    for name in ("0", "2"):
+        cluster.cancel(name)
+        del cluster.answers[name]
+    answers = cluster.run()
+    assert all(answer.failed is None for answer in answers.values())
+    assert_everything_is_free(cluster)
+
+
+@BOTH
+def test_one_sample_can_be_cancelled(tiny_model: Path, split: bool) -> None:
+    cluster = InProcessCluster(tiny_model, Settings(split=split))
+    cluster.ask("a", PROMPT, replace(PARAMS, n=3, temperature=1.0, max_tokens=40))
+    while len(cluster.answers["a"].tokens[1]) < 5:
+        cluster.step()
+    cluster.cancel("a", sample=1)
+    cluster.answers["a"].reasons[1] = "cancelled"
+    answer = cluster.run()["a"]
+    assert len(answer.tokens[1]) == 5
+    assert len(answer.tokens[0]) == len(answer.tokens[2]) == 40
+    assert_everything_is_free(cluster)
+
+
+@BOTH
+def test_a_router_that_falls_silent_loses_its_requests(tiny_model: Path, split: bool) -> None:
+    cluster = InProcessCluster(tiny_model, Settings(split=split))
+    for index in range(6):
+        cluster.ask(f"{index}", PROMPT, replace(PARAMS, max_tokens=300))
+        cluster.step()
+    for engine in cluster.engines:
+        engine.forget(ROUTER)
+    assert_everything_is_free(cluster)
+
+
+@BOTH
+def test_bad_requests_fail_alone(tiny_model: Path, split: bool) -> None:
+    cluster = InProcessCluster(tiny_model, Settings(split=split))
+    cluster.ask("good", PROMPT, PARAMS)
+    cluster.ask("empty", [], PARAMS)
+    cluster.ask("long", [5] * 512, PARAMS)
+    cluster.ask("vocabulary", [10**6], PARAMS)
+    cluster.ask("temperature", PROMPT, replace(PARAMS, temperature=-1.0))
+    answers = cluster.run()
+    assert answers["good"].failed is None
+    for name, field in {"empty": "prompt", "long": "prompt", "vocabulary": "token_ids"}.items():
+        failed = answers[name].failed
+        assert failed is not None
+        assert failed.code == "INVALID_ARGUMENT"
+        assert failed.message.startswith(field)
+    assert_everything_is_free(cluster)
+
+
+def test_a_full_decode_engine_says_busy_and_serves_all(tiny_model: Path) -> None:
+    cluster = InProcessCluster(tiny_model, Settings(slots=2, max_sequences=3))
+    for index in range(12):
+        cluster.ask(f"{index}", PROMPT[: 20 + index], PARAMS)
+    answers = cluster.run()
+    assert all(len(answer.tokens[0]) == 10 for answer in answers.values())
+    assert_everything_is_free(cluster)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_faulty_links_change_no_token(tiny_model: Path, seed: int) -> None:
+    """Lost, late, repeated and damaged KV messages: a request gets its tokens, or a clear error, and nothing leaks."""
+    params = replace(PARAMS, temperature=0.8, seed=seed)
+    quiet = InProcessCluster(tiny_model)
+    faults = Faults(drop=0.1, repeat=0.1, corrupt=0.1, delay_s=0.01)
+    noisy = InProcessCluster(tiny_model, Settings(faults=faults, seed=seed, lease_s=0.4))
+    for cluster in (quiet, noisy):
+        for index in range(4):
+            cluster.ask(f"{index}", random.Random(index).choices(range(3, 300), k=100), params)
+    expected, answers = quiet.run(), noisy.run()
+    for name, answer in answers.items():
+        if answer.failed is None:
+            assert answer.tokens == expected[name].tokens
+        else:
+            assert answer.failed.code == "UNAVAILABLE"
+    assert_everything_is_free(noisy)
