@@ -52,11 +52,17 @@ def secure(socket: zmq.Socket[Any], keys: CurveKeys | None, *, server: bool) -> 
 
 
 def bind(socket: zmq.Socket[Any], address: str, port: int = 0) -> str:
-    """Bind to `address` (a host without port) and return the endpoint. Raises StartupError naming address and port."""
-    host = f"[{address}]" if ":" in address else address
+    """Bind to `address` (a host without port) and return the endpoint.
+
+    Raises StartupError naming address and port, and closes the socket, when that fails.
+    """
+    is_ipv6 = ":" in address
+    socket.setsockopt(zmq.IPV6, int(is_ipv6))
+    host = f"[{address}]" if is_ipv6 else address
     try:
         socket.bind(f"tcp://{host}:{port or '*'}")
     except zmq.ZMQError as error:
+        socket.close(linger=0)
         where = f"{address}:{port}" if port else address
         raise StartupError(f"cannot bind {where}: {error.strerror}; free it or name another address") from error
     endpoint: bytes = socket.getsockopt(zmq.LAST_ENDPOINT)  # type: ignore[assignment]

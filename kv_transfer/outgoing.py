@@ -1,0 +1,148 @@
+"""One transfer as its source rank sees it: what is ready, what has been cut into frames, and what is on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from splitserve.cluster.errors import TransferFailed
+from splitserve.cluster.layout import KvLayout
+from splitserve.cluster.messages import HandOff, RankEndpoint, Ticket
+from splitserve.kv_transfer.packing import bytes_per_layer_token
+from splitserve.kv_transfer.protocol import KvFrame
+from splitserve.kv_transfer.reshard import Piece, reshard
+from splitserve.kv_transfer.staging import Window, window_share
+
+MIN_FRAME_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Region:
+    """Layers [start, stop) by tokens [start, stop)."""
+
+    layers: tuple[int, int]
+    tokens: tuple[int, int]
+
+
+def next_region(cut: Sequence[int], ready: Sequence[int], token_bytes: int, slot_bytes: int) -> Region | None:
+    """What to send next, or None while it pays to wait.
+
+    `cut` and `ready` say for each layer up to which token it has been cut and computed; `token_bytes` are those of
+    one token of one layer. A frame takes the first layer that has something and as many of the next ones as stand
+    at the same token and fit. A small frame waits for the next layer, which is being computed.
+    """
+    first = next((layer for layer in range(len(cut)) if cut[layer] < ready[layer]), None)
+    if first is None:
+        return None
+    start = cut[first]
+    stop = min(ready[first], start + slot_bytes // token_bytes)
+    layer_bytes = (stop - start) * token_bytes
+    last = first + 1
+    while (
+        last < len(cut)
+        and cut[last] == start
+        and ready[last] >= stop
+        and (last + 1 - first) * layer_bytes <= slot_bytes
+    ):
+        last += 1
+    next_comes = last < len(cut) and cut[last] == start and ready[last] < stop
+    if next_comes and (last - first) * layer_bytes < min(MIN_FRAME_BYTES, slot_bytes // 2):
+        return None
+    return Region((first, last), (start, stop))
+
+
+@dataclass
+class Lane:
+    """The way to one target rank: the piece it gets, and this rank's share of the window there, a slot a frame."""
+
+    piece: Piece
+    target: RankEndpoint
+    token_bytes: int
+    slot_bytes: int
+    free_slots: list[int]
+    cut: list[int]
+
+    @property
+    def is_cut(self) -> bool:
+        return all(token >= self.piece.stop_token for token in self.cut)
+
+    def take(self, ready: Sequence[int]) -> Region | None:
+        """Cut the next region, when a slot is free and something is ready."""
+        if not self.free_slots:
+            return None
+        within = [min(token, self.piece.stop_token) for token in ready]
+        region = next_region(self.cut, within, self.token_bytes, self.slot_bytes)
+        if region is not None:
+            for layer in range(*region.layers):
+                self.cut[layer] = region.tokens[1]
+        return region
+
+
+@dataclass
+class Flight:
+    """A frame that has not been acknowledged. It holds a slot of its lane and is sent (again) at `due`."""
+
+    frame: KvFrame
+    lane: Lane
+    due: float
+
+
+@dataclass
+class Outgoing:
+    """A transfer in progress.
+
+    `ready` says for each layer up to which token its KV lies in the pages. `beat_at` is when all targets next hear
+    that this rank is at it.
+    """
+
+    ticket: Ticket
+    table: torch.Tensor
+    lanes: list[Lane]
+    ready: list[int]
+    owes_hand_off: bool
+    expires: float
+    beat_at: float
+    hand_off: HandOff | None = None
+    flights: dict[int, Flight] = field(default_factory=dict)
+    sequence: int = 0
+
+    @property
+    def awaits_receiver(self) -> bool:
+        """Whether the next move is the receiver's. It is this rank's own engine's while KV is being computed."""
+        return bool(self.flights) or (self.owes_hand_off and self.hand_off is not None)
+
+    def targets(self, rank: int) -> tuple[RankEndpoint, ...]:
+        """All that hear from source rank `rank`; the hand-off goes from rank 0 to rank 0, with a piece or without."""
+        first = self.ticket.endpoints[:1] if rank == 0 else ()
+        return tuple(dict.fromkeys((*first, *(lane.target for lane in self.lanes))))
+
+    @property
+    def is_complete(self) -> bool:
+        return not self.flights and not self.owes_hand_off and all(lane.is_cut for lane in self.lanes)
+
+
+def build_lanes(ticket: Ticket, source: KvLayout, rank: int) -> list[Lane]:
+    """The lanes of source rank `rank`. Raises TransferFailed when the ticket does not fit the cache or has no room."""
+    if len(ticket.endpoints) != ticket.layout.tp:
+        raise TransferFailed(f"endpoints: found {len(ticket.endpoints)}; a target of tp={ticket.layout.tp} has as many")
+    plan = reshard(source, ticket.layout, ticket.start_token, ticket.num_tokens)
+    return [_lane(ticket, source, plan, piece) for piece in plan if piece.source_rank == rank]
+
+
+def _lane(ticket: Ticket, source: KvLayout, plan: tuple[Piece, ...], piece: Piece) -> Lane:
+    target = ticket.endpoints[piece.target_rank]
+    share = window_share(plan, piece, Window(target.window_offset, target.window_bytes))
+    token_bytes = bytes_per_layer_token(source, piece.source_heads)
+    slots = share.slots(token_bytes)
+    if not slots:
+        raise TransferFailed(f"window: a source's share has {share.size} bytes; one token of a layer has {token_bytes}")
+    return Lane(
+        piece=piece,
+        target=target,
+        token_bytes=token_bytes,
+        slot_bytes=slots[0].size,
+        free_slots=[slot.offset for slot in slots],
+        cut=[piece.start_token] * source.num_layers,
+    )

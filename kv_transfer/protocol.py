@@ -1,0 +1,192 @@
+"""What a sending and a receiving rank say to each other, and what they tell their engines.
+
+    sender                                   receiver
+      | KvFrame + payload (some layers, some tokens) -->|   written into the sender's share of the window
+      |<--------------------------------- KvAck | KvNack |   in the pages: the slot is free again | send it again
+      | KvRenew ---------------------------------------->|   nothing to send yet, and still at it
+      | KvFinish(hand-off) ----------------------------->|   rank 0 to rank 0
+      |<---------------------- KvAck(HAND_OFF_SEQUENCE) -|
+      |<----------------------------------------- KvGone |   that epoch is not live: stop
+      | KvDrained -------------------------------------->|   this rank writes the window no more
+
+Any of these may be lost, repeated or late. Frames and KvFinish are sent again until they are acknowledged; for the
+others a lease stands in. A packed message travels sealed, with a hash behind it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+from splitserve.cluster.codec import message, pack, unpack
+from splitserve.cluster.errors import ProtocolError
+from splitserve.cluster.layout import KvLayout
+from splitserve.cluster.messages import HandOff
+
+MAX_HEADER_BYTES = 16 * 1024
+SEAL_BYTES = 8
+HAND_OFF_SEQUENCE = 0
+
+
+@message
+@dataclass(frozen=True)
+class KvFrame:
+    """Header of a payload [layers, planes, heads, tokens, head_dim] that lies at `offset` of the target's staging.
+
+    `layers` and `tokens` are [start, stop); heads are those of the piece between the two ranks. `sequence` numbers
+    the frames of a source rank in a transfer, from 1.
+    """
+
+    transfer_id: str
+    epoch: int
+    source_rank: int
+    target_rank: int
+    sequence: int
+    layers: tuple[int, int]
+    tokens: tuple[int, int]
+    offset: int
+    checksum: int
+
+    def identity(self) -> bytes:
+        """All of the header but the checksum itself."""
+        return pack(replace(self, checksum=0))
+
+
+@message
+@dataclass(frozen=True)
+class KvFinish:
+    transfer_id: str
+    epoch: int
+    source_rank: int
+    hand_off: HandOff
+
+
+@message
+@dataclass(frozen=True)
+class KvRenew:
+    transfer_id: str
+    epoch: int
+    source_rank: int
+
+
+@message
+@dataclass(frozen=True)
+class KvDrained:
+    """`reason` says why the sender stopped, where it stopped early."""
+
+    transfer_id: str
+    epoch: int
+    source_rank: int
+    reason: str
+
+
+@message
+@dataclass(frozen=True)
+class KvAck:
+    transfer_id: str
+    epoch: int
+    sequence: int
+
+
+@message
+@dataclass(frozen=True)
+class KvNack:
+    transfer_id: str
+    epoch: int
+    sequence: int
+
+
+@message
+@dataclass(frozen=True)
+class KvGone:
+    transfer_id: str
+    epoch: int
+    reason: str
+
+
+FromSender = KvFrame | KvFinish | KvRenew | KvDrained
+FromReceiver = KvAck | KvNack | KvGone
+
+
+@message
+@dataclass(frozen=True)
+class Incoming:
+    """A transfer as one receiving rank must know it: the KV of positions [start_token, stop_token) from `source`.
+
+    `pages` cover the sequence from its first token on; those before `start_token` are not written.
+    """
+
+    transfer_id: str
+    epoch: int
+    source: KvLayout
+    start_token: int
+    stop_token: int
+    pages: tuple[int, ...]
+    window_offset: int
+    window_bytes: int
+    lease_s: float
+
+
+@message
+@dataclass(frozen=True)
+class Verified:
+    """All KV of the transfer lies in this rank's pages. Rank 0's event carries the hand-off, the others None."""
+
+    transfer_id: str
+    hand_off: HandOff | None
+
+
+@message
+@dataclass(frozen=True)
+class ReceiveFailed:
+    """The transfer is over on this rank. Nothing writes its pages any more; its window comes back with Freed."""
+
+    transfer_id: str
+    reason: str
+
+
+@message
+@dataclass(frozen=True)
+class Freed:
+    """Nobody writes this transfer's window on this rank any more."""
+
+    transfer_id: str
+
+
+@message
+@dataclass(frozen=True)
+class Sent:
+    """The target ranks have all that this rank owed them; its pages are free to go."""
+
+    transfer_id: str
+
+
+@message
+@dataclass(frozen=True)
+class SendFailed:
+    transfer_id: str
+    reason: str
+
+
+ReceiverEvent = Verified | ReceiveFailed | Freed
+SenderEvent = Sent | SendFailed
+
+
+def seal(item: FromSender | FromReceiver) -> bytes:
+    data = pack(item)
+    return data + _digest(data)
+
+
+def unseal(sealed: bytes | memoryview) -> object:
+    """The message in `sealed`. Raises ProtocolError when it is too long, damaged or no message at all."""
+    if len(sealed) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"header of {len(sealed)} bytes exceeds {MAX_HEADER_BYTES}")
+    data = bytes(sealed[:-SEAL_BYTES])
+    if _digest(data) != sealed[-SEAL_BYTES:]:
+        raise ProtocolError("header does not match its seal")
+    item: object = unpack(data)
+    return item
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=SEAL_BYTES).digest()

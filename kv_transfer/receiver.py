@@ -1,0 +1,208 @@
+"""The receiving side of KV transfers on one rank: the only writer of the pages that KV arrives in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from splitserve.cluster.errors import ProtocolError, TransferFailed
+from splitserve.engine.kv_cache import KvCache
+from splitserve.kv_transfer.checksum import checksum
+from splitserve.kv_transfer.lifecycle import TransferState
+from splitserve.kv_transfer.packing import cache_rows, page_table, unpack
+from splitserve.kv_transfer.protocol import (
+    HAND_OFF_SEQUENCE,
+    Freed,
+    FromReceiver,
+    FromSender,
+    Incoming,
+    KvAck,
+    KvDrained,
+    KvFinish,
+    KvFrame,
+    KvGone,
+    KvNack,
+    KvRenew,
+    ReceiveFailed,
+    ReceiverEvent,
+    Verified,
+    seal,
+    unseal,
+)
+from splitserve.kv_transfer.reception import Reception, Share
+from splitserve.kv_transfer.transport import Arrival, ReceiverTransport
+
+MAX_ARRIVALS = 8
+
+
+class KvReceiver:
+    """Moves arriving KV from staging into the pages of `cache`.
+
+    A payload goes into pages only while its (transfer, epoch) is live, its header lies within what the source rank
+    owes, and its checksum holds on bytes that no peer can change any more. So no message, however late, repeated or
+    wrong, touches a page outside the reservation, nor any page of one that has ended.
+
+    Call `poll` from the engine's loop; nothing blocks, no thread runs. A transfer gives Verified, or ReceiveFailed;
+    after `commit` or a failure, Freed returns its window. The lease runs until Verified: from then on the engine
+    alone decides. `clock` gives seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        cache: KvCache,
+        rank: int,
+        staging_bytes: int,
+        transport: ReceiverTransport,
+        clock: Callable[[], float],
+    ) -> None:
+        self._cache, self._rank, self._staging_bytes = cache, rank, staging_bytes
+        self._transport, self._clock = transport, clock
+        self._receptions: dict[str, Reception] = {}
+        self._events: list[ReceiverEvent] = []
+        self.rejected = 0
+
+    @property
+    def resident(self) -> dict[str, TransferState]:
+        """Transfers that still hold a window, and where they stand."""
+        return {transfer_id: reception.lifecycle.state for transfer_id, reception in self._receptions.items()}
+
+    def open(self, incoming: Incoming) -> None:
+        """Await a transfer. Raises TransferFailed when its id, pages or window cannot be right."""
+        if incoming.transfer_id in self._receptions:
+            raise TransferFailed(f"transfer_id: {incoming.transfer_id} is open already")
+        table = page_table(self._cache, incoming.pages, incoming.stop_token)
+        reception = Reception(incoming, self._cache.layout, self._rank, table, self._clock())
+        window = reception.window
+        if window.offset < 0 or window.size < 0 or window.end > self._staging_bytes:
+            raise TransferFailed(f"window: found {window}; staging has {self._staging_bytes} bytes")
+        for transfer_id, other in self._receptions.items():
+            if window.overlaps(other.window):
+                raise TransferFailed(f"window: {window} still belongs to {transfer_id}")
+        self._receptions[incoming.transfer_id] = reception
+        self._settle(reception)
+
+    def poll(self, limit: int = MAX_ARRIVALS) -> list[ReceiverEvent]:
+        """Take up to `limit` messages and look at the clock. Returns what happened since last time."""
+        for arrival in self._transport.receive(limit):
+            self._take(arrival)
+        now = self._clock()
+        for reception in list(self._receptions.values()):
+            if now >= reception.expires and reception.lifecycle.awaits_sender:
+                self._abort(reception, f"no KV came for a lease of {reception.incoming.lease_s:g} s")
+            if reception.lifecycle.is_over and (not reception.writers or now >= reception.expires):
+                self._free(reception)
+        events, self._events = self._events, []
+        return events
+
+    def commit(self, transfer_id: str) -> None:
+        """The pages now belong to the sequence. Raises TransferFailed unless the transfer is VERIFIED on this rank."""
+        reception = self._receptions.get(transfer_id)
+        if reception is None:
+            raise TransferFailed(f"transfer_id: {transfer_id} is not open; only a verified transfer commits")
+        reception.lifecycle.move(TransferState.COMMITTED)
+        reception.renew(self._clock())
+
+    def abort(self, transfer_id: str, reason: str) -> None:
+        """End a transfer that has not been committed; its pages may be given away at once. Ignored once it is over."""
+        reception = self._receptions.get(transfer_id)
+        if reception is not None and not reception.lifecycle.is_over:
+            self._abort(reception, reason)
+
+    def close(self) -> None:
+        """Tell all senders to stop, and close the transport."""
+        for transfer_id in self._receptions:
+            self.abort(transfer_id, "the receiver is shutting down")
+        self._transport.close()
+
+    def _take(self, arrival: Arrival) -> None:
+        try:
+            message = unseal(arrival.header)
+        except ProtocolError:
+            self.rejected += 1
+            return
+        if not isinstance(message, KvFrame | KvFinish | KvRenew | KvDrained):
+            self.rejected += 1
+            return
+        reception = self._receptions.get(message.transfer_id)
+        if reception is None or reception.incoming.epoch != message.epoch:
+            self._refuse(arrival.peer, message, "the receiver does not know this transfer (any more)")
+        elif isinstance(message, KvDrained):
+            self._on_drained(reception, message)
+        elif reception.lifecycle.state is TransferState.ABORTING:
+            self._refuse(arrival.peer, message, "the receiver has ended this transfer")
+        else:
+            if message.source_rank in reception.writers:
+                reception.peers[message.source_rank] = arrival.peer
+            self._on_live(reception, message, arrival)
+
+    def _on_live(self, reception: Reception, message: KvFrame | KvFinish | KvRenew, arrival: Arrival) -> None:
+        match message:
+            case KvRenew():
+                self._renew(reception)
+            case KvFrame():
+                share = reception.shares.get(message.source_rank)
+                if share is None or message.target_rank != self._rank or not share.admits(message):
+                    self.rejected += 1
+                    return
+                landed = share.has(message) or self._land(reception, share, message, arrival)
+                answer = KvAck if landed else KvNack
+                self._send(arrival.peer, answer(message.transfer_id, message.epoch, message.sequence))
+            case KvFinish() if self._rank == 0 and message.source_rank == 0:
+                reception.hand_off = message.hand_off
+                self._send(arrival.peer, KvAck(message.transfer_id, message.epoch, HAND_OFF_SEQUENCE))
+                self._renew(reception)
+            case KvFinish():
+                self.rejected += 1
+        self._settle(reception)
+
+    def _land(self, reception: Reception, share: Share, frame: KvFrame, arrival: Arrival) -> bool:
+        """Check the frame's payload and write it into pages; False when it is damaged."""
+        try:
+            payload = self._transport.take(arrival, frame.offset, share.size(frame))
+        except TransferFailed:
+            return False
+        if checksum(payload, frame.identity()) != frame.checksum:
+            return False
+        rows = cache_rows(self._cache, reception.table, share.piece.target_heads, frame.tokens)
+        unpack(self._cache, rows, frame.layers, payload)
+        share.mark(frame)
+        self._renew(reception)
+        return True
+
+    def _on_drained(self, reception: Reception, message: KvDrained) -> None:
+        reception.writers.discard(message.source_rank)
+        if reception.lifecycle.awaits_sender and reception.owes(message.source_rank):
+            self._abort(reception, f"source rank {message.source_rank} stopped: {message.reason}")
+
+    def _settle(self, reception: Reception) -> None:
+        """Move the transfer on by what has landed."""
+        lifecycle = reception.lifecycle
+        if lifecycle.state is TransferState.RESERVED and reception.has_begun:
+            lifecycle.move(TransferState.SENDING)
+        if lifecycle.state is TransferState.SENDING and reception.is_complete:
+            # Frames are checked one by one as they land, so the last one verifies all.
+            lifecycle.move(TransferState.LANDED, TransferState.VERIFIED)
+            self._events.append(Verified(reception.incoming.transfer_id, reception.hand_off))
+
+    def _renew(self, reception: Reception) -> None:
+        if reception.lifecycle.awaits_sender:
+            reception.renew(self._clock())
+
+    def _abort(self, reception: Reception, reason: str) -> None:
+        reception.lifecycle.move(TransferState.ABORTING)
+        reception.renew(self._clock())
+        incoming = reception.incoming
+        for peer in reception.peers.values():
+            self._send(peer, KvGone(incoming.transfer_id, incoming.epoch, reason))
+        self._events.append(ReceiveFailed(incoming.transfer_id, reason))
+
+    def _free(self, reception: Reception) -> None:
+        reception.lifecycle.move(TransferState.DRAINED, TransferState.FREE)
+        del self._receptions[reception.incoming.transfer_id]
+        self._events.append(Freed(reception.incoming.transfer_id))
+
+    def _refuse(self, peer: bytes, message: FromSender, reason: str) -> None:
+        if not isinstance(message, KvDrained):
+            self._send(peer, KvGone(message.transfer_id, message.epoch, reason))
+
+    def _send(self, peer: bytes, message: FromReceiver) -> None:
+        self._transport.send(peer, seal(message))

@@ -1,0 +1,223 @@
+"""The sending side of KV transfers on one rank."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from splitserve.cluster.errors import ProtocolError, TransferFailed
+from splitserve.cluster.messages import HandOff, RankEndpoint, Ticket
+from splitserve.engine.kv_cache import KvCache
+from splitserve.kv_transfer.checksum import checksum
+from splitserve.kv_transfer.outgoing import Flight, Outgoing, build_lanes
+from splitserve.kv_transfer.packing import cache_rows, pack, page_table
+from splitserve.kv_transfer.protocol import (
+    HAND_OFF_SEQUENCE,
+    FromSender,
+    KvAck,
+    KvDrained,
+    KvFinish,
+    KvFrame,
+    KvGone,
+    KvNack,
+    KvRenew,
+    SenderEvent,
+    SendFailed,
+    Sent,
+    seal,
+    unseal,
+)
+from splitserve.kv_transfer.transport import SenderTransport
+
+TRIES_PER_LEASE = 8
+
+
+class KvSender:
+    """Sends this rank's share of each transfer from the pages of `cache`, as fast as its window and the peer allow.
+
+    Call `pump` from the engine's loop; nothing else sends, nothing blocks, no thread runs. A transfer ends with one
+    event: Sent, or SendFailed when the receiver let go, could not be reached, or left what is on its way unacknowledged
+    for a lease. Calls about a transfer that is over are ignored: its event may still be on its way. The pages
+    belong to the transfer until then. `clock` gives seconds, monotonic.
+    """
+
+    def __init__(self, cache: KvCache, rank: int, transport: SenderTransport, clock: Callable[[], float]) -> None:
+        self._cache, self._rank, self._transport, self._clock = cache, rank, transport, clock
+        self._outgoing: dict[str, Outgoing] = {}
+        self._events: list[SenderEvent] = []
+        self.rejected = 0
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Transfers that have not ended."""
+        return tuple(self._outgoing)
+
+    def begin(self, ticket: Ticket, pages: Sequence[int]) -> None:
+        """Start the transfer of `ticket` from `pages`, which cover the sequence from its first token on.
+
+        Raises TransferFailed when the ticket or the pages cannot be right, or a target cannot be reached.
+        """
+        if ticket.transfer_id in self._outgoing:
+            raise TransferFailed(f"transfer_id: {ticket.transfer_id} is being sent already")
+        now = self._clock()
+        outgoing = Outgoing(
+            ticket=ticket,
+            table=page_table(self._cache, pages, ticket.num_tokens),
+            lanes=build_lanes(ticket, self._cache.layout, self._rank),
+            ready=[ticket.start_token] * self._cache.layout.num_layers,
+            owes_hand_off=self._rank == 0,
+            expires=now + ticket.lease_s,
+            beat_at=now,
+        )
+        for target in outgoing.targets(self._rank):
+            self._transport.connect(target)
+        self._outgoing[ticket.transfer_id] = outgoing
+
+    def renew(self, ticket: Ticket) -> None:
+        """Keep the reservation of a ticket that `begin` has not seen yet: its lease starts anew."""
+        self._tell(ticket, KvRenew(ticket.transfer_id, ticket.epoch, self._rank))
+
+    def decline(self, ticket: Ticket, reason: str) -> None:
+        """Give up a ticket that `begin` has not seen: this rank will send nothing."""
+        self._tell(ticket, KvDrained(ticket.transfer_id, ticket.epoch, self._rank, reason))
+
+    def ready(self, transfer_id: str, layer: int, stop_token: int) -> None:
+        """The KV of `layer` before `stop_token` lies in the pages, and stays."""
+        outgoing = self._outgoing.get(transfer_id)
+        if outgoing is not None and stop_token > outgoing.ready[layer]:
+            outgoing.ready[layer] = stop_token
+            self._progress(outgoing)
+
+    def finish(self, transfer_id: str, hand_off: HandOff) -> None:
+        """Hand over what decode goes on from. Rank 0 owes it for every transfer; other ranks have none."""
+        outgoing = self._outgoing.get(transfer_id)
+        if outgoing is not None:
+            outgoing.hand_off = hand_off
+            outgoing.beat_at = self._clock()
+            self._progress(outgoing)
+
+    def abort(self, transfer_id: str, reason: str) -> None:
+        """Stop, and tell the receiver. No event follows, and the pages are free to go."""
+        if (outgoing := self._outgoing.pop(transfer_id, None)) is not None:
+            self._say_drained(outgoing, reason)
+
+    def pump(self) -> list[SenderEvent]:
+        """Take acknowledgements, send what is ready, send again what is overdue. Returns what ended since last time."""
+        for header in self._transport.receive():
+            self._take_reply(header)
+        for outgoing in list(self._outgoing.values()):
+            try:
+                self._advance(outgoing)
+            except TransferFailed as error:
+                self._fail(outgoing, str(error))
+        events, self._events = self._events, []
+        return events
+
+    def close(self) -> None:
+        """Stop everything, as `abort` would, and close the transport."""
+        for transfer_id in self.active:
+            self.abort(transfer_id, "the sender is shutting down")
+        self._transport.close()
+
+    def _advance(self, outgoing: Outgoing) -> None:
+        now = self._clock()
+        if not outgoing.awaits_receiver:
+            self._progress(outgoing)
+        if outgoing.is_complete:
+            self._outgoing.pop(outgoing.ticket.transfer_id)
+            self._say_drained(outgoing, "")
+            self._events.append(Sent(outgoing.ticket.transfer_id))
+        elif now >= outgoing.expires:
+            raise TransferFailed(f"no progress for a lease of {outgoing.ticket.lease_s:g} s")
+        else:
+            self._cut(outgoing, now)
+            for flight in outgoing.flights.values():
+                if now >= flight.due:
+                    self._transmit(outgoing, flight)
+            if now >= outgoing.beat_at:
+                self._beat(outgoing, now)
+
+    def _cut(self, outgoing: Outgoing, now: float) -> None:
+        """Make frames of all that is ready and finds a free slot."""
+        ticket = outgoing.ticket
+        for lane in outgoing.lanes:
+            while (region := lane.take(outgoing.ready)) is not None:
+                outgoing.sequence += 1
+                frame = KvFrame(
+                    transfer_id=ticket.transfer_id,
+                    epoch=ticket.epoch,
+                    source_rank=self._rank,
+                    target_rank=lane.piece.target_rank,
+                    sequence=outgoing.sequence,
+                    layers=region.layers,
+                    tokens=region.tokens,
+                    offset=lane.free_slots.pop(0),
+                    checksum=0,
+                )
+                outgoing.flights[frame.sequence] = Flight(frame, lane, due=now)
+
+    def _transmit(self, outgoing: Outgoing, flight: Flight) -> None:
+        """Send a frame, packed anew each time: the pages keep its content, so that no copy has to wait."""
+        flight.due = self._clock() + outgoing.ticket.lease_s / TRIES_PER_LEASE
+        frame, lane = flight.frame, flight.lane
+        rows = cache_rows(self._cache, outgoing.table, lane.piece.source_heads, frame.tokens)
+        size = lane.token_bytes * (frame.layers[1] - frame.layers[0]) * (frame.tokens[1] - frame.tokens[0])
+        payload = self._transport.place(lane.target, frame.offset, size)
+        pack(self._cache, rows, frame.layers, payload)
+        frame = replace(frame, checksum=checksum(payload, frame.identity()))
+        self._transport.send(lane.target, seal(frame), payload)
+
+    def _beat(self, outgoing: Outgoing, now: float) -> None:
+        """Renew the lease at all targets, and send the hand-off until it is acknowledged."""
+        ticket = outgoing.ticket
+        outgoing.beat_at = now + ticket.lease_s / TRIES_PER_LEASE
+        for target in outgoing.targets(self._rank):
+            self._send(target, KvRenew(ticket.transfer_id, ticket.epoch, self._rank))
+        if outgoing.owes_hand_off and outgoing.hand_off is not None:
+            message = KvFinish(ticket.transfer_id, ticket.epoch, self._rank, outgoing.hand_off)
+            self._send(ticket.endpoints[0], message)
+
+    def _take_reply(self, header: bytes) -> None:
+        try:
+            reply = unseal(header)
+        except ProtocolError:
+            self.rejected += 1
+            return
+        if not isinstance(reply, KvAck | KvNack | KvGone):
+            self.rejected += 1
+            return
+        outgoing = self._outgoing.get(reply.transfer_id)
+        if outgoing is None or outgoing.ticket.epoch != reply.epoch:
+            return
+        match reply:
+            case KvGone():
+                self._fail(outgoing, reply.reason)
+            case KvNack() if reply.sequence in outgoing.flights:
+                outgoing.flights[reply.sequence].due = self._clock()
+            case KvAck(sequence=sequence) if sequence == HAND_OFF_SEQUENCE:
+                outgoing.owes_hand_off = False
+                self._progress(outgoing)
+            case KvAck() if (flight := outgoing.flights.pop(reply.sequence, None)) is not None:
+                flight.lane.free_slots.append(flight.frame.offset)
+                self._progress(outgoing)
+
+    def _fail(self, outgoing: Outgoing, reason: str) -> None:
+        self.abort(outgoing.ticket.transfer_id, reason)
+        self._events.append(SendFailed(outgoing.ticket.transfer_id, reason))
+
+    def _say_drained(self, outgoing: Outgoing, reason: str) -> None:
+        for target in outgoing.targets(self._rank):
+            self._send(target, KvDrained(outgoing.ticket.transfer_id, outgoing.ticket.epoch, self._rank, reason))
+
+    def _tell(self, ticket: Ticket, message: FromSender) -> None:
+        for target in ticket.endpoints:
+            # A target whose address is no good hears nothing, and its lease runs out.
+            with contextlib.suppress(TransferFailed):
+                self._send(target, message)
+
+    def _send(self, target: RankEndpoint, message: FromSender) -> None:
+        self._transport.send(target, seal(message))
+
+    def _progress(self, outgoing: Outgoing) -> None:
+        outgoing.expires = self._clock() + outgoing.ticket.lease_s

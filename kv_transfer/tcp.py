@@ -1,0 +1,135 @@
+"""KV over TCP: the receiving rank binds a ZeroMQ ROUTER, sending ranks connect a DEALER to each target.
+
+A message is the sealed header and, behind a frame's, the payload, which is copied neither into nor out of ZeroMQ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import zmq
+
+from splitserve.cluster.channel import CurveKeys, bind, secure
+from splitserve.cluster.errors import StartupError, TransferFailed
+from splitserve.cluster.messages import RankEndpoint
+from splitserve.kv_transfer.staging import FRAME_BYTES
+from splitserve.kv_transfer.transport import Arrival
+
+QUEUE_MESSAGES = 256
+IDLE_S = 60.0
+
+
+class TcpReceiver:
+    """Takes frames at `bind_address` (a host without port). `endpoint` is where senders connect.
+
+    Raises StartupError when the address cannot be bound.
+    """
+
+    def __init__(self, bind_address: str, keys: CurveKeys | None = None) -> None:
+        self.socket = _socket(zmq.ROUTER, keys, server=True)
+        try:
+            self.endpoint = bind(self.socket, bind_address)
+        except StartupError:
+            self.close()
+            raise
+
+    def receive(self, limit: int) -> list[Arrival]:
+        arrivals: list[Arrival] = []
+        with contextlib.suppress(zmq.Again):
+            while len(arrivals) < limit:
+                peer, header, *payload = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                arrivals.append(Arrival(peer.bytes, header.bytes, payload[0].buffer if payload else None))
+        return arrivals
+
+    def take(self, arrival: Arrival, offset: int, size: int) -> torch.Tensor:
+        found = 0 if arrival.payload is None else len(arrival.payload)
+        if arrival.payload is None or found != size:
+            raise TransferFailed(f"payload: found {found} bytes, expected {size}")
+        return torch.from_numpy(np.frombuffer(arrival.payload, dtype=np.uint8))
+
+    def send(self, peer: bytes, header: bytes) -> None:
+        _send(self.socket, [peer, header])
+
+    def close(self) -> None:
+        self.socket.close(linger=0)
+
+
+@dataclass
+class _Link:
+    socket: zmq.Socket[Any]
+    used_at: float
+
+
+class TcpSender:
+    """Keeps a connection to each target that was used within the last minute."""
+
+    def __init__(self, clock: Callable[[], float], keys: CurveKeys | None = None) -> None:
+        self._clock, self._keys = clock, keys
+        self._links: dict[str, _Link] = {}
+
+    def connect(self, target: RankEndpoint) -> None:
+        self._link(target.address)
+
+    def place(self, target: RankEndpoint, offset: int, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8)
+
+    def send(self, target: RankEndpoint, header: bytes, payload: torch.Tensor | None = None) -> None:
+        _send(self._link(target.address), [header] if payload is None else [header, payload.numpy()])
+
+    def receive(self) -> list[bytes]:
+        headers: list[bytes] = []
+        for address, link in list(self._links.items()):
+            with contextlib.suppress(zmq.Again):
+                while True:
+                    headers.append(link.socket.recv(zmq.NOBLOCK))
+            if self._clock() - link.used_at > IDLE_S:
+                link.socket.close(linger=0)
+                del self._links[address]
+        return headers
+
+    @property
+    def sockets(self) -> list[zmq.Socket[Any]]:
+        """For a poller that waits for acknowledgements."""
+        return [link.socket for link in self._links.values()]
+
+    def close(self) -> None:
+        """Close all connections; what was sent just before still has a moment to leave."""
+        for link in self._links.values():
+            link.socket.close(linger=100)
+        self._links.clear()
+
+    def _link(self, address: str) -> zmq.Socket[Any]:
+        link = self._links.get(address)
+        if link is None:
+            link = self._links[address] = _Link(self._connected(address), self._clock())
+        link.used_at = self._clock()
+        return link.socket
+
+    def _connected(self, address: str) -> zmq.Socket[Any]:
+        socket = _socket(zmq.DEALER, self._keys, server=False)
+        try:
+            socket.connect(address)
+        except zmq.ZMQError as error:
+            socket.close(linger=0)
+            raise TransferFailed(f"address: found {address!r}; {error.strerror}") from error
+        return socket
+
+
+def _socket(kind: int, keys: CurveKeys | None, *, server: bool) -> zmq.Socket[Any]:
+    socket: zmq.Socket[Any] = zmq.Context.instance().socket(kind)
+    secure(socket, keys, server=server)
+    # Payloads queue here, so bounds are tighter than for other messages. What does not fit is lost, and sent again.
+    socket.setsockopt(zmq.MAXMSGSIZE, 2 * FRAME_BYTES)
+    socket.setsockopt(zmq.SNDHWM, QUEUE_MESSAGES)
+    socket.setsockopt(zmq.RCVHWM, QUEUE_MESSAGES)
+    return socket
+
+
+def _send(socket: zmq.Socket[Any], parts: list[Any]) -> None:
+    with contextlib.suppress(zmq.Again):
+        socket.send_multipart(parts, zmq.NOBLOCK, copy=False)

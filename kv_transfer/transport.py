@@ -1,0 +1,58 @@
+"""What carries frames from a sending to a receiving rank: memory.py (a fake with faults), tcp.py and shm.py.
+
+A transport moves bytes and knows nothing of transfers. It may lose, repeat, delay, reorder or damage whatever it
+carries; sender and receiver are built for that. It never raises for what a peer did.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from splitserve.cluster.messages import RankEndpoint
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One message as it came: the `peer` to answer, the sealed header, and the payload if that travelled along."""
+
+    peer: bytes
+    header: bytes
+    payload: memoryview | None
+
+
+class SenderTransport(Protocol):
+    def connect(self, target: RankEndpoint) -> None:
+        """Prepare to send to `target`. Raises TransferFailed when its address or staging cannot be used."""
+
+    def place(self, target: RankEndpoint, offset: int, size: int) -> torch.Tensor:
+        """Where to pack `size` bytes meant for `offset` of the target's staging: uint8 in host memory.
+
+        Raises TransferFailed when the target's staging is gone or does not have that place.
+        """
+
+    def send(self, target: RankEndpoint, header: bytes, payload: torch.Tensor | None = None) -> None:
+        """Send without waiting. `payload` is what `place` returned, filled; it is not touched again."""
+
+    def receive(self) -> list[bytes]:
+        """Sealed replies that have come."""
+
+    def close(self) -> None: ...
+
+
+class ReceiverTransport(Protocol):
+    def receive(self, limit: int) -> list[Arrival]:
+        """Up to `limit` messages that have come."""
+
+    def take(self, arrival: Arrival, offset: int, size: int) -> torch.Tensor:
+        """The arrival's payload, uint8 [size] in host memory that no peer can write; valid until the next call.
+
+        Raises TransferFailed when it is not `size` bytes long.
+        """
+
+    def send(self, peer: bytes, header: bytes) -> None:
+        """Answer a peer without waiting."""
+
+    def close(self) -> None: ...

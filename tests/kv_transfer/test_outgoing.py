@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from splitserve.cluster.errors import TransferFailed
+from splitserve.cluster.messages import RankEndpoint, Ticket
+from splitserve.kv_transfer.outgoing import MIN_FRAME_BYTES, Region, build_lanes, next_region
+from splitserve.kv_transfer.staging import MIN_SLOTS, Window, WindowAllocator, window_size
+from tests.kv_transfer.ranks import layout
+
+BIG = MIN_FRAME_BYTES
+
+
+def test_a_frame_takes_all_layers_that_stand_alike_and_fit() -> None:
+    assert next_region([0, 0, 0], [8, 8, 8], 4, 64) == Region((0, 2), (0, 8))
+    assert next_region([8, 8, 0], [8, 8, 8], 4, 64) == Region((2, 3), (0, 8))
+
+
+def test_a_long_chunk_is_cut_at_the_slot() -> None:
+    assert next_region([0, 0], [100, 100], 4, 64) == Region((0, 1), (0, 16))
+
+
+def test_a_small_frame_waits_for_the_layer_that_comes_next() -> None:
+    assert next_region([0, 0, 0], [8, 8, 0], 4, BIG) is None
+    assert next_region([0, 0, 0], [8, 8, 8], 4, BIG) == Region((0, 3), (0, 8))
+
+
+def test_a_big_frame_does_not_wait() -> None:
+    assert next_region([0, 0], [8, 0], BIG // 8, 4 * BIG) == Region((0, 1), (0, 8))
+
+
+def test_nothing_ready_is_nothing_to_send() -> None:
+    assert next_region([4, 4], [4, 4], 4, 64) is None
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_cutting_covers_everything_once_and_never_stalls(seed: int) -> None:
+    rng = random.Random(seed)
+    layers, tokens, token_bytes = rng.randint(1, 6), rng.randint(1, 40), rng.choice([8, 100, BIG // 4])
+    slot = token_bytes * rng.randint(1, 30)
+    cut, ready, chunk = [0] * layers, [0] * layers, rng.randint(1, tokens)
+    for stop in [*range(chunk, tokens, chunk), tokens]:
+        for layer in range(layers):
+            ready[layer] = stop
+            while rng.random() < 0.7 and (region := next_region(cut, ready, token_bytes, slot)):
+                (first, last), (start, end) = region.layers, region.tokens
+                assert cut[first:last] == [start] * (last - first)
+                assert start < end <= min(ready[first:last])
+                assert (last - first) * (end - start) * token_bytes <= slot
+                cut[first:last] = [end] * (last - first)
+    while region := next_region(cut, ready, token_bytes, slot):
+        cut[slice(*region.layers)] = [region.tokens[1]] * (region.layers[1] - region.layers[0])
+    assert cut == [tokens] * layers
+
+
+def ticket(window_bytes: int, endpoints: int = 1) -> Ticket:
+    endpoint = RankEndpoint("target/0", "memory", "host", "", 0, window_bytes)
+    return Ticket("t/0", 1, layout(1), 0, 8, 1.0, (endpoint,) * endpoints)
+
+
+def test_a_window_without_room_for_a_token_is_refused() -> None:
+    with pytest.raises(TransferFailed, match="share has 64 bytes; one token of a layer has 128"):
+        build_lanes(ticket(64), layout(1), 0)
+
+
+def test_endpoints_must_match_the_layout() -> None:
+    with pytest.raises(TransferFailed, match="endpoints: found 3"):
+        build_lanes(ticket(4096, endpoints=3), layout(1), 0)
+
+
+@pytest.mark.parametrize("limit", [1, 1000, 1 << 20])
+@pytest.mark.parametrize("source_tp", [1, 2, 4])
+def test_a_window_of_the_advised_size_always_works(limit: int, source_tp: int) -> None:
+    target, source = layout(1), layout(source_tp)
+    size = window_size(target, 8, source_tp, limit)
+    for rank in range(source_tp):
+        (lane,) = build_lanes(ticket(size), source, rank)
+        assert lane.slot_bytes >= lane.token_bytes
+        assert limit < 1 << 20 or len(lane.free_slots) >= MIN_SLOTS
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_windows_never_overlap_and_come_back(seed: int) -> None:
+    rng, allocator = random.Random(seed), WindowAllocator(10_000)
+    granted: list[Window] = []
+    for _ in range(200):
+        if granted and rng.random() < 0.5:
+            allocator.release(granted.pop(rng.randrange(len(granted))))
+        elif window := allocator.allocate(rng.randint(1, 3000)):
+            assert window.end <= 10_000
+            assert not any(window.overlaps(other) for other in granted)
+            granted.append(window)
+        assert allocator.granted_bytes == sum(window.size for window in granted)
+    for window in granted:
+        allocator.release(window)
+    assert allocator.allocate(9_984) is not None
+    with pytest.raises(ValueError, match="not granted"):
+        allocator.release(Window(0, 64))
