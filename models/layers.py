@@ -1,0 +1,128 @@
+"""Linear layers and embeddings cut over the ranks of a tensor parallel group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+MIN_ROWS = 4
+MIN_COLUMNS = 24
+UPCAST_ELEMENTS = 1 << 22
+
+NewTensor = Callable[..., torch.Tensor]
+
+
+class TensorParallel(Protocol):
+    """The ranks that share one model; every rank makes the same calls in the same order."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum of all ranks' `x`, on every rank; may reuse x."""
+
+    def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """All ranks' `x` joined along `dim` in the order of ranks, on every rank."""
+
+
+class SingleRank:
+    """A group of one."""
+
+    rank = 0
+    size = 1
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        return x
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x` [rows, in] times `weight` [out, in] transposed, plus `bias` [out].
+
+    On a CPU in float32 a row's bits do not depend on the other rows: MKL (with MKL_CBWR=AVX2) rounds alike only from
+    4 rows and 24 columns on, so smaller products are padded.
+    """
+    if x.is_cuda:
+        return F.linear(x, weight, bias)
+    if x.dtype == torch.float32:
+        return _padded_linear(x, weight, bias)
+    if x.shape[0] >= MIN_ROWS and not _has_fast_bfloat16():
+        return _upcast_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _padded_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    rows, columns = x.shape[0], weight.shape[0]
+    if columns < MIN_COLUMNS:
+        weight = F.pad(weight, (0, 0, 0, MIN_COLUMNS - columns))
+        bias = None if bias is None else F.pad(bias, (0, MIN_COLUMNS - columns))
+    if rows < MIN_ROWS:
+        x = F.pad(x, (0, 0, 0, MIN_ROWS - rows))
+    return F.linear(x, weight, bias)[:rows, :columns]
+
+
+def _has_fast_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _upcast_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Without bfloat16 instructions torch multiplies one row at a time; float32 by slices that stay in the cache is
+    several times faster."""
+    step = max(MIN_COLUMNS, UPCAST_ELEMENTS // weight.shape[1])
+    wide = x.float()
+    product = torch.cat([F.linear(wide, part.float()) for part in torch.split(weight, step)], dim=-1)
+    return (product if bias is None else product.add_(bias)).to(x.dtype)
+
+
+class Linear:
+    """Weight [out, in] and optional bias [out], uncut or cut by output columns."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, new: NewTensor) -> None:
+        self.weight = new(out_features, in_features)
+        self.bias = new(out_features) if bias else None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class RowParallelLinear(Linear):
+    """Each rank multiplies its part of the input columns; the sum over ranks gets the bias, which all ranks hold."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, new: NewTensor, tp: TensorParallel) -> None:
+        super().__init__(in_features // tp.size, out_features, bias, new)
+        self._tp = tp
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        total = self._tp.all_reduce(linear(x, self.weight))
+        return total if self.bias is None else total.add_(self.bias)
+
+
+class VocabParallelEmbedding:
+    """Rows of the vocabulary cut over ranks, padded to a multiple of them; also the head that scores them."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, new: NewTensor, tp: TensorParallel) -> None:
+        self._vocab_size, self._tp = vocab_size, tp
+        rows = -(-vocab_size // tp.size)
+        self.weight = new(rows, hidden_size)
+        self._first = tp.rank * rows
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [tokens] -> [tokens, hidden]."""
+        if self._tp.size == 1:
+            return torch.embedding(self.weight, token_ids)
+        local = token_ids - self._first
+        here = (local >= 0) & (local < self.weight.shape[0])
+        rows = torch.embedding(self.weight, local.where(here, 0))
+        return self._tp.all_reduce(rows.masked_fill_(~here.unsqueeze(-1), 0))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [rows, hidden] -> scores of the whole vocabulary [rows, vocab], float32, on every rank."""
+        return self._tp.all_gather(linear(hidden, self.weight), -1)[:, : self._vocab_size].float()
