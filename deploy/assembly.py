@@ -1,0 +1,112 @@
+"""What makes a rank a prefill, a decode or a colocated one: its services, and the engine that its leader runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from splitserve.cluster.layout import KvLayout
+from splitserve.cluster.messages import RankEndpoint
+from splitserve.cluster.rank_spec import RankSpec
+from splitserve.cluster.topology import DEFAULT_CHUNK_TOKENS
+from splitserve.decode_worker.engine import DecodeEngine, DecodeLimits
+from splitserve.decode_worker.inlet import KvInlet, ReceiveInlet, ReceiveService
+from splitserve.deploy.colocated import ColocatedEngine, LocalInlet, LocalOutlet
+from splitserve.engine.block_manager import BlockManager
+from splitserve.engine.parking import HostTier
+from splitserve.engine.ranks import ParkingService, Ranks, RankService
+from splitserve.engine.runner import ModelRunner
+from splitserve.engine.sequence import ModelLimits
+from splitserve.engine.serving import Engine, Send
+from splitserve.kv_transfer.receiver import KvReceiver
+from splitserve.kv_transfer.sender import KvSender
+from splitserve.kv_transfer.shm import HostSender, ShmReceiver, ShmSegment, host_id
+from splitserve.kv_transfer.staging import WindowAllocator
+from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender
+from splitserve.prefill_worker.engine import PrefillEngine, PrefillLimits
+from splitserve.prefill_worker.outlet import KvOutlet, SendOutlet, SendService
+
+
+@dataclass(frozen=True)
+class RankParts:
+    """What a rank does besides running batches. `endpoint`: where it takes KV, if it does."""
+
+    services: tuple[RankService, ...]
+    endpoint: RankEndpoint | None
+    close: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Leader:
+    """What an engine's leader builds its engine from; `endpoints` are those of all ranks, in order."""
+
+    spec: RankSpec
+    ranks: Ranks
+    layout: KvLayout
+    num_pages: int
+    model: ModelLimits
+    endpoints: Sequence[RankEndpoint]
+    send: Send
+
+
+def rank_parts(spec: RankSpec, runner: ModelRunner) -> RankParts:
+    """The parts of one rank. Raises StartupError when a socket or staging memory cannot be had."""
+    if spec.role == "prefill":
+        return _prefill_rank(spec, runner)
+    parking = ParkingService(runner, HostTier(spec.topology.kv_transfer.host_tier))
+    if spec.role == "colocated":
+        return RankParts((parking,), None, lambda: None)
+    return _decode_rank(spec, runner, parking)
+
+
+def build_engine(leader: Leader) -> Engine:
+    """The engine of `leader`'s role."""
+    pool = leader.spec.topology.pool(leader.spec.role)
+    blocks = BlockManager(leader.num_pages, pool.page_size, pool.prefix_cache)
+    lease_s = leader.spec.topology.kv_transfer.lease_s
+    if leader.spec.role == "prefill":
+        return _prefill_engine(leader, blocks, SendOutlet(leader.ranks, blocks))
+    if leader.spec.role == "decode":
+        staging = WindowAllocator(leader.spec.topology.kv_transfer.staging)
+        inlet = ReceiveInlet(leader.ranks, leader.layout, leader.endpoints, staging, lease_s)
+        return _decode_engine(leader, blocks, inlet)
+    local = LocalInlet(leader.layout, lease_s)
+    return ColocatedEngine(_prefill_engine(leader, blocks, LocalOutlet(local)), _decode_engine(leader, blocks, local))
+
+
+def _prefill_rank(spec: RankSpec, runner: ModelRunner) -> RankParts:
+    transport = HostSender(TcpSender(time.monotonic, spec.keys), host_id())
+    sender = KvSender(runner.cache, spec.tp_rank, transport, time.monotonic)
+    return RankParts((SendService(runner, sender),), None, sender.close)
+
+
+def _decode_rank(spec: RankSpec, runner: ModelRunner, parking: ParkingService) -> RankParts:
+    settings = spec.topology.kv_transfer
+    control = TcpReceiver(spec.bind, spec.keys)
+    address = control.endpoint
+    if settings.transport == "tcp":
+        receiver = KvReceiver(runner.cache, spec.tp_rank, settings.staging, control, time.monotonic)
+        endpoint = RankEndpoint(address, "tcp", host_id(), "", 0, 0)
+    else:
+        segment = ShmSegment(spec.topology.name, settings.staging)
+        transport = ShmReceiver(control, segment)
+        receiver = KvReceiver(runner.cache, spec.tp_rank, settings.staging, transport, time.monotonic)
+        endpoint = RankEndpoint(address, "shm", host_id(), segment.name, 0, 0)
+    return RankParts((parking, ReceiveService(receiver)), endpoint, receiver.close)
+
+
+def _prefill_engine(leader: Leader, blocks: BlockManager, outlet: KvOutlet) -> PrefillEngine:
+    spec = leader.spec
+    pool = spec.topology.pool(spec.role)
+    limits = PrefillLimits(pool.chunk_tokens or DEFAULT_CHUNK_TOKENS, pool.max_sequences, leader.model)
+    return PrefillEngine(
+        spec.engine, spec.incarnation, leader.ranks, blocks, leader.layout, outlet, limits, leader.send
+    )
+
+
+def _decode_engine(leader: Leader, blocks: BlockManager, inlet: KvInlet) -> DecodeEngine:
+    spec = leader.spec
+    pool = spec.topology.decode
+    limits = DecodeLimits(pool.slots, pool.max_sequences, leader.model)
+    return DecodeEngine(spec.engine, spec.incarnation, leader.ranks, blocks, leader.layout, inlet, limits, leader.send)

@@ -1,0 +1,1 @@
+"""`splitserve bench`: load on a running cluster, and what its clients see."""

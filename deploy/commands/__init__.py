@@ -1,0 +1,1 @@
+"""The subcommands of `splitserve`, each with its arguments and its `run`."""

@@ -1,0 +1,80 @@
+"""Arguments that commands share: which cluster to ask, and how to sample."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from splitserve.client import Sampling
+from splitserve.cluster.errors import InvalidRequest, NotFound
+from splitserve.cluster.sampling import SamplingParams
+from splitserve.deploy.cluster_state import find_cluster
+
+DEFAULTS = SamplingParams()
+
+
+def add_connection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--endpoint", metavar="HOST:PORT", help="router to ask (default: the running cluster's)")
+    parser.add_argument("--cluster", metavar="NAME", help="cluster to ask (default: the only one)")
+    parser.add_argument("--root-certificates", type=Path, metavar="PEM", help="trust these and connect with TLS")
+
+
+def endpoint(arguments: argparse.Namespace) -> str:
+    """host:port of the router to ask. Raises NotFound where none is known."""
+    if arguments.endpoint:
+        return str(arguments.endpoint)
+    state = find_cluster(arguments.cluster)
+    if not state.endpoints:
+        raise NotFound(f"cluster {state.name} is not ready yet; `splitserve status` shows how far it is")
+    return state.endpoints[0]
+
+
+def root_certificates(arguments: argparse.Namespace) -> bytes | None:
+    path: Path | None = arguments.root_certificates
+    try:
+        return path.read_bytes() if path else None
+    except OSError as error:
+        raise InvalidRequest("root-certificates", str(path), f"{error.strerror}: name a readable PEM file") from error
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Options named as the fields of SamplingParams, with its defaults."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, help="length of the answer (default: up to the context's end)")
+    group.add_argument(
+        "--min-tokens", type=int, default=DEFAULTS.min_tokens, help="no end before (default: %(default)s)"
+    )
+    group.add_argument(
+        "--temperature", type=float, default=DEFAULTS.temperature, help="0 is greedy (default: %(default)s)"
+    )
+    group.add_argument(
+        "--seed", type=int, default=DEFAULTS.seed, help="repeats a sampled answer (default: %(default)s)"
+    )
+    group.add_argument("--top-k", type=int, default=DEFAULTS.top_k, help="0 is all (default: %(default)s)")
+    for name in ("top-p", "min-p", "repetition-penalty", "presence-penalty", "frequency-penalty"):
+        default = getattr(DEFAULTS, name.replace("-", "_"))
+        group.add_argument(f"--{name}", type=float, default=default, help="(default: %(default)s)")
+    group.add_argument("-n", type=int, default=DEFAULTS.n, help="answers (default: %(default)s)")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; may be repeated")
+    group.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
+
+
+def sampling(arguments: argparse.Namespace) -> Sampling:
+    """What the arguments of `add_sampling` say."""
+    chosen = Sampling(
+        min_tokens=arguments.min_tokens,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+        presence_penalty=arguments.presence_penalty,
+        frequency_penalty=arguments.frequency_penalty,
+        n=arguments.n,
+        stop=arguments.stop,
+        ignore_eos=arguments.ignore_eos,
+    )
+    if arguments.max_tokens is not None:
+        chosen["max_tokens"] = arguments.max_tokens
+    return chosen

@@ -1,0 +1,104 @@
+"""Checks before anything is started, so that what is missing is told at once and not waited for."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+
+from splitserve.cluster.errors import InsufficientResources, InvalidRequest, StartupError
+from splitserve.cluster.topology import Router, Topology
+from splitserve.cluster.units import format_bytes
+from splitserve.deploy.plan import Plan
+
+COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
+GPU_COUNT_S = 120.0
+CONNECT_S = 10.0
+REMEDY = "add hosts, or ask for fewer ranks or threads"
+
+
+def check_ports(router: Router) -> None:
+    """Raise StartupError naming the first router address of this host that cannot be listened on."""
+    for index in range(router.replicas):
+        host, _, port = router.grpc_address(index).rpartition(":")
+        _check_port(host.strip("[]"), int(port))
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        remedy = "end what listens there, or name another address"
+        raise StartupError(f"router.grpc: cannot listen on {host}:{port}: {error.strerror}; {remedy}") from error
+
+
+def check_address(address: str) -> None:
+    """Raise StartupError unless something listens at a Ray's host:port, which Ray itself would wait minutes for."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise InvalidRequest("address", address, "give host:port of a Ray head node")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except OSError as error:
+        raise StartupError(f"cannot join the Ray at {address}: {error}; start it, or name another") from error
+
+
+def check_host(plan: Plan) -> None:
+    """Raise InsufficientResources where this host alone cannot carry the plan."""
+    topology = plan.topology
+    cpus = len(os.sched_getaffinity(0))
+    for role in topology.roles:
+        threads = topology.pool(role).threads
+        if threads > cpus:
+            asked = f"{role} asks for {threads} threads a rank"
+            raise InsufficientResources(f"{asked}; this host has {cpus} CPUs: expected at most that")
+    if plan.gpus:
+        _check_gpus(plan.gpus, count_gpus())
+    _check_memory(plan)
+
+
+def check_resources(plan: Plan, available: Mapping[str, float]) -> None:
+    """Raise InsufficientResources where a Ray with `available` resources cannot carry the plan."""
+    cpus = int(available.get("CPU", 0))
+    if plan.cpus > cpus:
+        raise InsufficientResources(f"the cluster needs {plan.cpus} CPUs; this Ray has {cpus}: {REMEDY}")
+    _check_gpus(plan.gpus, int(available.get("GPU", 0)))
+    for section, resource in _node_resources(plan.topology).items():
+        if resource not in available:
+            raise InsufficientResources(f"{section}.node_resource: no node of this Ray carries {resource!r}")
+
+
+def count_gpus() -> int:
+    """GPUs that torch sees here, counted in a process of its own: looking would occupy memory on each."""
+    command = [sys.executable, "-c", COUNT_GPUS]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=GPU_COUNT_S, check=False)
+    if result.returncode:
+        raise StartupError(f"torch cannot count the GPUs: {result.stderr.strip().splitlines()[-1]}")
+    return int(result.stdout)
+
+
+def _check_gpus(needed: int, available: int) -> None:
+    if needed > available:
+        raise InsufficientResources(f"the cluster needs {needed} GPUs; there are {available}: {REMEDY}")
+
+
+def _check_memory(plan: Plan) -> None:
+    """Weights and KV of the ranks that compute on the CPU must fit into memory."""
+    pools = [pool for pool in plan.pools if pool.device == "cpu"]
+    needed = sum((pool.weight_bytes + pool.kv_bytes) * len(pool.ranks) for pool in pools)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        sizes = f"{format_bytes(needed)} for weights and KV; this host has {format_bytes(memory)}"
+        raise InsufficientResources(f"the cluster needs {sizes}: lower kv_memory or the number of ranks")
+
+
+def _node_resources(topology: Topology) -> dict[str, str]:
+    """The custom resource that each section asks its nodes to carry."""
+    asked: dict[str, str | None] = {role: topology.pool(role).node_resource for role in topology.roles}
+    asked["router"] = topology.router.node_resource
+    return {section: resource for section, resource in asked.items() if resource is not None}

@@ -1,0 +1,237 @@
+"""One unit's actors: placed, started, heard, told and killed. The supervisor's hands."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from splitserve.cluster.messages import Member
+from splitserve.cluster.rank_spec import RankSpec
+from splitserve.cluster.topology import Topology
+from splitserve.deploy.actors import RankActor, Report, RouterActor
+from splitserve.deploy.cluster_spec import ClusterSpec
+from splitserve.deploy.reconcile import Deaths, UnitView
+from splitserve.deploy.status import UnitState, UnitStatus, WorkerStatus
+from splitserve.deploy.units import RankPlace, Unit
+
+# How much of a node's custom resource a worker takes: enough to be placed there, too little to fill it.
+SLIVER = 0.001
+CALLS_AT_ONCE = 4
+
+Actor = Any  # an ActorHandle; Ray cannot type the methods of ours
+
+
+class RunningUnit:
+    """The living actors of a unit and what they last said. `death` is why one of them is gone."""
+
+    def __init__(self, unit: Unit, actors: Mapping[str, Actor], started_at: float) -> None:
+        self.unit = unit
+        self.started_at = started_at
+        self.reports: dict[str, Report] = {}
+        self.death: str | None = None
+        self._actors = actors
+        self._told: tuple[Member, ...] = ()
+        self._watches: dict[ray.ObjectRef[Report], str] = {}
+        for name in actors:
+            self._watch(name, None)
+
+    @property
+    def watches(self) -> list[ray.ObjectRef[Report]]:
+        """A pending call of each actor, which ends when there is news or the actor dies."""
+        return list(self._watches)
+
+    def hear(self, watch: ray.ObjectRef[Report]) -> None:
+        """Take in the news of a watch that has ended."""
+        name = self._watches.pop(watch)
+        try:
+            report = ray.get(watch)
+        except RayError as error:
+            self._die(name, _cause(error, self.reports.get(name)))
+            return
+        self.reports[name] = report
+        if report.failure is not None:
+            self._die(name, report.failure)
+        else:
+            self._watch(name, report)
+
+    def _watch(self, name: str, seen: Report | None) -> None:
+        self._watches[self._actors[name].watch.remote(seen)] = name
+
+    def _die(self, name: str, reason: str) -> None:
+        self.death = self.death or f"{name}: {reason}"
+
+    def tell(self, members: tuple[Member, ...]) -> None:
+        """Send a router the membership."""
+        self._told = members
+        self._leader.set_members.remote(members)
+
+    def stop(self) -> list[ray.ObjectRef[None]]:
+        """Ask every actor that has started to end in good order; the calls end when they have."""
+        return [self._actors[name].stop.remote() for name in self.reports]
+
+    def kill(self) -> None:
+        for actor in self._actors.values():
+            ray.kill(actor)
+
+    @property
+    def _leader(self) -> Actor:
+        return self._actors[self.unit.workers[0]]
+
+    @property
+    def _leader_report(self) -> Report | None:
+        return self.reports.get(self.unit.workers[0])
+
+    @property
+    def logs(self) -> dict[str, tuple[str, Path]]:
+        """For each worker heard of, the node that it is on and its log file there."""
+        return {name: (report.node, report.log) for name, report in self.reports.items()}
+
+    def view(self, deaths: Deaths) -> UnitView:
+        report = self._leader_report
+        return UnitView(
+            running=True,
+            death=self.death,
+            member=report.member if report else None,
+            told=self._told if report and report.endpoint else None,
+            deaths=deaths,
+        )
+
+    def status(self, deaths: Deaths, membership: tuple[Member, ...]) -> UnitStatus:
+        report = self._leader_report
+        workers = tuple(
+            WorkerStatus(name, report.node, report.pid, report.progress) for name, report in self.reports.items()
+        )
+        endpoint = report.endpoint if report else ""
+        return UnitStatus(self.unit.name, self._state(membership), workers, deaths.total, deaths.last_reason, endpoint)
+
+    def _state(self, membership: tuple[Member, ...]) -> UnitState:
+        report = self._leader_report
+        if report is None:
+            return "placing"
+        if report.member is not None or (report.endpoint and report.members == membership):
+            return "ready"
+        return "loading" if any(report.progress[1] for report in self.reports.values()) else "starting"
+
+
+def start_unit(spec: ClusterSpec, unit: Unit, now: float) -> RunningUnit:
+    """Create a unit's actors in its placement group and set them going. Returns before they are placed."""
+    incarnation = secrets.token_hex(4)
+    group = _placement_group(spec, unit)
+    actor_class: Any = ray.remote(RouterActor if unit.is_router else RankActor)
+    actors: dict[str, Actor] = {
+        name: actor_class.options(
+            name=name,
+            lifetime="detached",
+            max_restarts=0,
+            max_concurrency=CALLS_AT_ONCE,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, index),
+            runtime_env={"env_vars": _environment(spec.topology, unit)},
+            **_actor_resources(_resources(spec.topology, unit)),
+        ).remote(spec.topology.name, name, incarnation)
+        for index, name in enumerate(unit.workers)
+    }
+    if unit.is_router:
+        actors[unit.name].start.remote(spec.topology, unit.index, spec.keys)
+    _start_ranks(spec, unit, actors, incarnation)
+    return RunningUnit(unit, actors, now)
+
+
+def _start_ranks(spec: ClusterSpec, unit: Unit, actors: Mapping[str, Actor], incarnation: str) -> None:
+    """Followers are handed the leader's answer, its group address, so that they start once it is there."""
+    group_address: Any = ""
+    for rank in unit.ranks:
+        answer = actors[rank.name].start.remote(_rank_spec(spec, rank, incarnation), group_address)
+        if rank.tp_rank == 0:
+            group_address = answer
+
+
+def find_actors(unit: Unit) -> dict[str, Actor]:
+    """The unit's actors that live, by name."""
+    return {name: actor for name in unit.workers if (actor := _find_actor(name)) is not None}
+
+
+def release_placement(unit: Unit) -> None:
+    with contextlib.suppress(ValueError):
+        remove_placement_group(get_placement_group(unit.name))
+
+
+def _find_actor(name: str) -> Actor | None:
+    try:
+        return ray.get_actor(name)
+    except ValueError:
+        return None
+
+
+def _placement_group(spec: ClusterSpec, unit: Unit) -> PlacementGroup:
+    """The unit's own, made at its first start: a bundle for each worker, on one node if they fit."""
+    try:
+        group: PlacementGroup = get_placement_group(unit.name)
+    except ValueError:
+        bundles = [_resources(spec.topology, unit)] * len(unit.workers)
+        group = placement_group(bundles, strategy="PACK", name=unit.name, lifetime="detached")
+    return group
+
+
+def _resources(topology: Topology, unit: Unit) -> dict[str, float]:
+    """What one worker of the unit takes of a node."""
+    if unit.is_router:
+        resources, node_resource = {"CPU": 1.0}, topology.router.node_resource
+    else:
+        pool = topology.pool(unit.ranks[0].role)
+        resources, node_resource = {"CPU": float(pool.threads)}, pool.node_resource
+        if pool.device == "cuda":
+            resources["GPU"] = 1.0
+    return resources if node_resource is None else resources | {node_resource: SLIVER}
+
+
+def _actor_resources(resources: Mapping[str, float]) -> dict[str, Any]:
+    """The same in the words of actor options."""
+    custom = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
+    return {"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0.0), "resources": custom}
+
+
+def _environment(topology: Topology, unit: Unit) -> dict[str, str]:
+    """Set before the process starts, since torch reads it when it loads. MKL_CBWR: same bits in any batch."""
+    threads = "1" if unit.is_router else str(topology.pool(unit.ranks[0].role).threads)
+    return {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "MKL_CBWR": "AVX2",
+        "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _rank_spec(spec: ClusterSpec, rank: RankPlace, incarnation: str) -> RankSpec:
+    return RankSpec(
+        topology=spec.topology,
+        role=rank.role,
+        replica=rank.replica,
+        dp_rank=rank.dp_rank,
+        tp_rank=rank.tp_rank,
+        device=spec.topology.pool(rank.role).device,
+        bind=spec.topology.security.bind,
+        incarnation=incarnation,
+        keys=spec.keys,
+    )
+
+
+def _cause(error: RayError, report: Report | None) -> str:
+    """Ray's account of an actor's death, without its page of advice."""
+    account = str(error).partition("The actor is dead because ")[2] or str(error)
+    if report is not None and "worker process has died" in account:
+        return f"process {report.pid} ended without a word: killed, out of memory, or a native crash"
+    return account.strip().splitlines()[0]

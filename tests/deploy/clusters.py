@@ -1,0 +1,109 @@
+"""Helpers for tests that start real clusters: topologies, the command line, and what must not stay behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from splitserve.deploy.cluster_state import SHARED_MEMORY, ClusterFolder, ClusterState
+from splitserve.deploy.processes import session_members
+
+TOPOLOGY = """
+name: {name}
+model: {{path: {model}, context: 1024, name: tiny}}
+router: {{grpc: "127.0.0.1:{port}"}}
+prefill: {{kv_memory: 8MiB, {prefill}}}
+decode: {{kv_memory: 8MiB, slots: 8, {decode}}}
+kv_transfer: {{staging: 4MiB, transport: {transport}}}
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def write_topology(
+    folder: Path, model: Path, *, prefill: str = "", decode: str = "", transport: str = "auto", router: str = ""
+) -> Path:
+    """A topology file in `folder` for a cluster named after it, on a free port."""
+    name = f"test-{os.getpid()}-{folder.name.replace('_', '-').lower()[-20:]}"
+    text = TOPOLOGY.format(
+        name=name, model=model, port=free_port(), prefill=prefill, decode=decode, transport=transport
+    )
+    file = folder / "topology.yaml"
+    file.write_text(text.replace("router: {", "router: {" + router))
+    return file
+
+
+def start_command(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "splitserve", *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_command(*arguments: object, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    """`splitserve ARGUMENTS`, to its end. A command that hangs is interrupted, and so cleans up after itself."""
+    process = start_command(*arguments)
+    try:
+        stdout, stderr = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+        raise AssertionError(f"{arguments} did not end in {timeout_s} s:\n{stdout}\n{stderr}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def succeed(*arguments: object, timeout_s: float = 120) -> str:
+    """stdout of a command that must succeed."""
+    result = run_command(*arguments, timeout_s=timeout_s)
+    assert result.returncode == 0, f"{arguments}: {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def state_of(name: str) -> ClusterState:
+    state = ClusterFolder(name).read()
+    assert state is not None
+    return state
+
+
+def units(name: str) -> dict[str, Any]:
+    """What `splitserve status` tells of each unit."""
+    status = json.loads(succeed("status", name, "--json"))
+    return {unit["name"]: unit for unit in status["units"]}
+
+
+def left_behind(state: ClusterState) -> list[str]:
+    """Processes, sockets, segments and files of a cluster that is over."""
+    assert state.ray is not None
+    left = [f"process {pid}" for pid in session_members(state.ray.owner)]
+    left += [str(path) for path in SHARED_MEMORY.glob(f"splitserve-{state.name}-*")]
+    left += [state.ray.folder] if Path(state.ray.folder).exists() else []
+    left += [f"state of {state.name}"] if ClusterFolder(state.name).read() else []
+    return left + [f"listener at {endpoint}" for endpoint in state.endpoints if is_listening(endpoint)]
+
+
+def is_listening(endpoint: str) -> bool:
+    host, _, port = endpoint.rpartition(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        time.sleep(0.05)

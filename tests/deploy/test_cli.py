@@ -1,0 +1,205 @@
+"""What the command line says to what cannot be done. No cluster is started here."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from splitserve import __version__
+from splitserve.cluster.errors import StartupError
+from splitserve.cluster.topology import Router
+from splitserve.deploy import preflight
+from splitserve.deploy.cli import main
+from splitserve.deploy.cluster_state import ClusterFolder, ClusterState
+from tests.deploy.clusters import free_port, write_topology
+
+ERROR = "splitserve: error: "
+
+
+def fail(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    """Exit status and the one message of a command that must fail without a traceback."""
+    status = main([str(argument) for argument in arguments])
+    error = capsys.readouterr().err
+    assert error.startswith(ERROR), error
+    assert "Traceback" not in error
+    return status, error.removeprefix(ERROR)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"splitserve {__version__}\n"
+
+
+def test_a_faulty_topology_names_file_line_and_field(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "t.yaml"
+    file.write_text("name: t\nmodel: {path: m}\ndecode:\n  slot: 4\n")
+    for command in ("check", "up", "demo"):
+        status, error = fail(capsys, command, file)
+        assert status == 2
+        assert error == f"{file}:4: decode.slot: found an unknown field; did you mean `slots`?\n"
+
+
+def test_a_missing_file_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, error = fail(capsys, "up", tmp_path / "none.yaml")
+    assert status == 2
+    assert "No such file" in error
+
+
+def test_a_missing_model_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, error = fail(capsys, "up", write_topology(tmp_path, tmp_path / "no-model"))
+    assert status == 1
+    assert "no-model: found nothing there" in error
+
+
+def test_a_port_in_use_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path) -> None:
+    file = write_topology(tmp_path, tiny_model)
+    port = int(file.read_text().partition("127.0.0.1:")[2].partition('"')[0])
+    with socket.create_server(("127.0.0.1", port)):
+        status, error = fail(capsys, "up", file)
+    assert status == 1
+    assert error.startswith(f"router.grpc: cannot listen on 127.0.0.1:{port}: Address already in use")
+
+
+def test_the_port_of_a_second_router_is_checked_too(tmp_path: Path, tiny_model: Path) -> None:
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port + 1)):
+        router = Router(grpc=f"127.0.0.1:{port}", replicas=2)
+        with pytest.raises(StartupError, match=f"cannot listen on 127.0.0.1:{port + 1}"):
+            preflight.check_ports(router)
+
+
+def test_too_many_threads_are_told(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path) -> None:
+    status, error = fail(capsys, "up", write_topology(tmp_path, tiny_model, decode="threads: 1000"))
+    cpus = len(os.sched_getaffinity(0))
+    assert status == 1
+    assert error == f"decode asks for 1000 threads a rank; this host has {cpus} CPUs: expected at most that\n"
+
+
+def test_too_few_gpus_are_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "count_gpus", lambda: 1)
+    file = write_topology(tmp_path, tiny_model, prefill="device: cuda", decode="device: cuda")
+    file.write_text(file.read_text() + "hosts: {gpus: 2}\n")
+    status, error = fail(capsys, "up", file)
+    assert status == 1
+    assert error.startswith("the cluster needs 2 GPUs; there are 1: add hosts")
+
+
+def test_gpus_are_counted_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert preflight.count_gpus() == 0
+
+
+def test_too_little_memory_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path) -> None:
+    file = write_topology(tmp_path, tiny_model)
+    file.write_text(file.read_text().replace("8MiB", "900TB"))
+    status, error = fail(capsys, "up", file)
+    assert status == 1
+    assert "for weights and KV; this host has" in error
+
+
+@pytest.mark.parametrize(
+    "command", [["status"], ["down"], ["logs"], ["generate", "--text", "x"], ["bench"], ["chat", "x"]]
+)
+def test_without_a_cluster(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    status, error = fail(capsys, *command)
+    assert status == 1
+    assert error == "no cluster runs here; start one with `splitserve up FILE`\n"
+
+
+def test_an_endpoint_where_nothing_listens(capsys: pytest.CaptureFixture[str]) -> None:
+    status, error = fail(capsys, "generate", "--text", "x", "--endpoint", f"127.0.0.1:{free_port()}")
+    assert status == 1
+    assert error.startswith("UNAVAILABLE: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--text", ""], "text: found ''; give a prompt"),
+        (["bench", "--requests", "0"], "requests: found 0; give at least 1"),
+        (["bench", "--rate", "0"], "rate: found 0.0; give more than 0"),
+        (["bench", "--prefix-share", "2"], "prefix-share: found 2.0; give a value from 0 to 1"),
+        (["generate", "--text", "x", "--root-certificates", "/none"], "root-certificates: found '/none'; No such file"),
+    ],
+)
+def test_faulty_arguments_are_the_users(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    status, error = fail(capsys, *arguments, "--endpoint", "127.0.0.1:1")
+    assert status == 2
+    assert error.startswith(message)
+
+
+def test_a_running_cluster_of_another_topology_is_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path
+) -> None:
+    file = write_topology(tmp_path, tiny_model)
+    name = file.read_text().split()[1]
+    folder = ClusterFolder(name)
+    folder.make()
+    folder.write(ClusterState(name, "10.0.0.1:6379", "old.yaml", "other digest", ("127.0.0.1:1",), None))
+    status, error = fail(capsys, "up", file)
+    assert status == 1
+    assert error.startswith(f"cluster {name} is running as old.yaml described it")
+    assert f"`splitserve down {name}` first" in error
+
+
+@pytest.mark.parametrize("address", ["auto", "10.0.0.1", "host:port"])
+def test_an_odd_address_is_the_users(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path, address: str
+) -> None:
+    status, error = fail(capsys, "up", write_topology(tmp_path, tiny_model), "--address", address)
+    assert status == 2
+    assert error == f"address: found {address!r}; give host:port of a Ray head node\n"
+
+
+def test_an_address_where_no_ray_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    status, error = fail(capsys, "up", write_topology(tmp_path, tiny_model), "--address", address)
+    assert status == 1
+    assert error.startswith(f"cannot join the Ray at {address}: [Errno 111] Connection refused")
+
+
+def test_check_prints_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path) -> None:
+    assert main(["check", str(write_topology(tmp_path, tiny_model))]) == 0
+    plan = capsys.readouterr().out
+    assert "prefill/0/0" in plan
+    assert "decode/0/0" in plan
+
+
+def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    assert "prefill" in json.loads(capsys.readouterr().out)["properties"]
+
+
+def test_cache_of_converted_models(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPLITSERVE_CACHE", str(tmp_path))
+    assert main(["cache"]) == 0
+    assert capsys.readouterr().out == ""
+    assert main(["cache", "--clear"]) == 0
+    assert capsys.readouterr().out == "0 B freed\n"
+
+
+def test_help_shows_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("generate", "chat"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert "0 is greedy (default: 0.0)" in text
+        assert "repeats a sampled answer (default: 0)" in text
+
+
+def test_commands_that_need_no_ray_import_none() -> None:
+    code = "import sys, splitserve.deploy.cli; print({'ray', 'torch', 'transformers'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"

@@ -1,0 +1,140 @@
+"""A real cluster on this host: Ray, ZeroMQ, gRPC and a tiny random model; only the model is small."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from splitserve.client import Client, SplitserveClientError
+from splitserve.deploy.cluster_state import ClusterFolder
+from tests.deploy.clusters import (
+    left_behind,
+    run_command,
+    start_command,
+    state_of,
+    succeed,
+    units,
+    wait_until,
+    write_topology,
+)
+
+PROMPT = "The quick brown fox"
+FAILS_WITHIN_S = 5.0
+BACK_WITHIN_S = 60.0
+
+
+def name_in(topology: Path) -> str:
+    return topology.read_text().split()[1]
+
+
+def ask(endpoint: str, tokens: int) -> tuple[int, ...]:
+    with Client(endpoint) as client:
+        return client.generate(PROMPT, max_tokens=tokens, ignore_eos=True, timeout_s=60).result().samples[0].token_ids
+
+
+def test_a_cluster_lives_through_deaths_and_leaves_nothing(tmp_path: Path, tiny_model: Path) -> None:
+    topology = write_topology(tmp_path, tiny_model)
+    name = name_in(topology)
+    ready = succeed("up", topology)
+    state = state_of(name)
+    try:
+        endpoint = state.endpoints[0]
+        assert f"splitserve generate --endpoint {endpoint}" in ready
+        assert "already running" in succeed("up", topology)
+        before = ask(endpoint, 24)
+        assert len(before) == 24
+
+        _kill_decode_while_it_streams(name, endpoint)
+        wait_until(lambda: units(name)["decode/0/0"]["state"] == "ready", BACK_WITHIN_S, "decode is back")
+        decode = units(name)["decode/0/0"]
+        assert decode["deaths"] == 1
+        assert "ended without a word" in decode["reason"]
+        assert ask(endpoint, 24) == before
+
+        os.kill(units(name)["router/0"]["workers"][0]["pid"], signal.SIGKILL)
+        wait_until(lambda: _answers(endpoint), BACK_WITHIN_S, "the router is back")
+        assert ask(endpoint, 24) == before
+
+        _check_commands(name, endpoint, tmp_path)
+    finally:
+        succeed("down", name)
+    assert left_behind(state) == []
+    assert "starting decode/0/0" in succeed("logs", "supervisor", "--cluster", name)
+
+
+def _kill_decode_while_it_streams(name: str, endpoint: str) -> None:
+    """The request must fail soon, and say why."""
+    pid = units(name)["decode/0/0"]["workers"][0]["pid"]
+    with Client(endpoint) as client:
+        stream = iter(client.generate(PROMPT, max_tokens=900, ignore_eos=True, timeout_s=60))
+        for _ in range(3):
+            next(stream)
+        os.kill(pid, signal.SIGKILL)
+        killed_at = time.monotonic()
+        with pytest.raises(SplitserveClientError) as caught:
+            list(stream)
+    assert time.monotonic() - killed_at < FAILS_WITHIN_S
+    assert caught.value.code == "UNAVAILABLE"
+    assert "decode/0/0" in caught.value.message
+
+
+def _answers(endpoint: str) -> bool:
+    try:
+        return bool(ask(endpoint, 1))
+    except SplitserveClientError:
+        return False
+
+
+def _check_commands(name: str, endpoint: str, folder: Path) -> None:
+    result = run_command("generate", "--text", PROMPT, "--max-tokens", 8, "--ignore-eos", "--cluster", name)
+    assert result.returncode == 0
+    assert result.stdout.strip()
+    assert "temperature 0 (greedy), seed 0" in " ".join(result.stderr.split())
+    assert run_command("chat", "Hello!", "--max-tokens", 4, "--cluster", name).returncode == 0
+    figures = folder / "bench.json"
+    load = ("--requests", 6, "--warmup", 1, "--concurrency", 3, "--prompt-tokens", 20, "--output-tokens", "uniform:2:9")
+    table = succeed("bench", *load, "--json", figures, "--endpoint", endpoint)
+    assert "TTFT" in table
+    assert json.loads(figures.read_text())["summary"]["requests"] == 6
+    poisson = ("bench", "--requests", 5, "--warmup", 0, "--rate", 20, "--output-tokens", 4, "--endpoint", endpoint)
+    assert "5 requests in" in succeed(*poisson)
+    refused = run_command("generate", "--text", PROMPT, "--temperature", -1, "--endpoint", endpoint)
+    assert refused.returncode == 2
+    assert "temperature: found -1" in refused.stderr
+    assert "decode/0/0 serves at" in succeed("logs", "decode/0/0")
+
+
+def test_an_up_that_fails_says_why_and_leaves_nothing(tmp_path: Path, tiny_model: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny_model.iterdir():
+        content = file.read_bytes()
+        (broken / file.name).write_bytes(content[:-1000] if file.suffix == ".safetensors" else content)
+    topology = write_topology(tmp_path, broken)
+    result = run_command("up", topology)
+    assert result.returncode == 1
+    assert "splitserve: error: " in result.stderr
+    assert "model.safetensors" in result.stderr
+    assert "last lines of the log of" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert ClusterFolder(name_in(topology)).read() is None
+    assert not list(Path("/dev/shm").glob(f"splitserve-{name_in(topology)}-*"))
+
+
+@pytest.mark.parametrize("after_s", [1.0, 6.0, 9.0])
+def test_an_interrupted_up_leaves_nothing(tmp_path: Path, tiny_model: Path, after_s: float) -> None:
+    topology = write_topology(tmp_path, tiny_model)
+    process = start_command("up", topology, "--foreground")
+    time.sleep(after_s)
+    state = ClusterFolder(name_in(topology)).read()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT), error
+    assert ClusterFolder(name_in(topology)).read() is None
+    if state is not None:
+        assert left_behind(state) == []

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import os
+import stat
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from splitserve.cluster.errors import NotFound
+from splitserve.deploy.cluster_state import (
+    SHARED_MEMORY,
+    ClusterFolder,
+    ClusterState,
+    LocalRay,
+    find_cluster,
+    running_clusters,
+    write_atomically,
+)
+from splitserve.deploy.processes import Process
+from splitserve.kv_transfer.shm import ShmSegment
+
+ME = Process.of(os.getpid())
+
+
+def joined(name: str) -> ClusterState:
+    return ClusterState(name, "10.0.0.1:6379", "/topology.yaml", "digest", ("10.0.0.1:50061",), None)
+
+
+def local(name: str, owner: Process, folder: Path) -> ClusterState:
+    return replace(joined(name), ray=LocalRay(owner, str(folder)))
+
+
+def write(state: ClusterState) -> ClusterFolder:
+    folder = ClusterFolder(state.name)
+    folder.make()
+    folder.write(state)
+    return folder
+
+
+def test_states_survive_the_file(tmp_path: Path) -> None:
+    assert ME is not None
+    for state in (joined("a"), local("b", ME, tmp_path)):
+        folder = write(state)
+        assert folder.read() == state
+        assert folder.live() == state
+        assert stat.S_IMODE((folder.path / "cluster.json").stat().st_mode) == 0o600
+        assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
+
+
+def test_what_a_dead_owner_left_is_swept(tmp_path: Path) -> None:
+    assert ME is not None
+    sockets = tmp_path / "sockets"
+    sockets.mkdir()
+    name = f"test-{os.getpid()}-stale"
+    folder = write(local(name, replace(ME, started=ME.started - 1), sockets))
+    segment = ShmSegment(name, 4096)
+    assert folder.live() is None
+    assert folder.read() is None
+    assert not sockets.exists()
+    assert not (SHARED_MEMORY / segment.name).exists()
+    segment.close()
+
+
+def test_a_cluster_is_found_by_name_or_alone() -> None:
+    with pytest.raises(NotFound, match="no cluster runs here; start one"):
+        find_cluster(None)
+    write(joined("one"))
+    assert find_cluster(None) == find_cluster("one") == joined("one")
+    with pytest.raises(NotFound, match="no cluster 'two' runs here; there are one"):
+        find_cluster("two")
+    write(joined("two"))
+    with pytest.raises(NotFound, match="several clusters run here; name one of one, two"):
+        find_cluster(None)
+    assert find_cluster("two") == joined("two")
+    assert [state.name for state in running_clusters()] == ["one", "two"]
+
+
+def test_the_lock_makes_the_second_wait() -> None:
+    folder, order = ClusterFolder("locked"), []
+
+    def second() -> None:
+        with folder.lock():
+            order.append("second")
+
+    with folder.lock():
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.2)
+        order.append("first")
+    thread.join(5)
+    assert order == ["first", "second"]
+
+
+def test_a_failed_write_leaves_the_old_content(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    write_atomically(file, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(file, "\ud800")
+    assert file.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from splitserve.cluster.topology import Topology
+from splitserve.cluster.topology_file import load_topology
+from splitserve.deploy.actors import ordinal
+from splitserve.deploy.default_topology import default_topology
+from splitserve.deploy.units import make_units
+
+
+def topology(**fields: object) -> Topology:
+    return Topology.model_validate({"name": "t", "model": {"path": "m"}, **fields})
+
+
+def test_one_of_each_by_default() -> None:
+    units = make_units(topology())
+    assert [unit.workers for unit in units] == [("prefill/0/0",), ("decode/0/0",), ("router/0",)]
+    assert [unit.is_router for unit in units] == [False, False, True]
+
+
+def test_ranks_count_over_a_replica_and_engines_by_dp() -> None:
+    decode = {"replicas": 2, "layout": {"tp": 3, "dp": 2}}
+    units = make_units(topology(decode=decode, colocated=True, router={"replicas": 2}))
+    workers = {unit.name: unit.workers for unit in units}
+    assert list(workers) == [
+        "colocated/0/0", "colocated/0/1", "colocated/1/0", "colocated/1/1", "router/0", "router/1",
+    ]  # fmt: skip
+    assert workers["colocated/1/1"] == ("colocated/1/3", "colocated/1/4", "colocated/1/5")
+    assert [(rank.dp_rank, rank.tp_rank) for rank in units[1].ranks] == [(1, 0), (1, 1), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "devices", "colocated"), [(0, ["cpu", "cpu"], False), (1, ["cuda"], True), (4, ["cuda", "cuda"], False)]
+)
+def test_a_default_topology_suits_the_host(tmp_path: Path, gpus: int, devices: list[str], colocated: bool) -> None:
+    name, text = default_topology("/models/Some_Model-1.5B.Q4.gguf", cpus=64, gpus=gpus)
+    file = tmp_path / "topology.yaml"
+    file.write_text(text)
+    made = load_topology(file)
+    assert name == made.name == "some-model-1-5b-q4"
+    assert [made.pool(role).device for role in made.roles] == devices
+    assert made.colocated is colocated
+    assert all(made.pool(role).threads <= 16 for role in made.roles)
+
+
+@pytest.mark.parametrize(("path", "name"), [("/", "default"), ("模型", "default"), ("x" * 60, "x" * 40)])
+def test_a_default_topology_has_a_valid_name(path: str, name: str) -> None:
+    assert default_topology(path, 1, 0)[0] == name
+
+
+@pytest.mark.parametrize(("gpu", "visible", "number"), [("3", None, 3), ("3", "", 3), ("5", "4,5,7", 1), ("4", "4", 0)])
+def test_a_gpu_has_the_number_that_the_process_gives_it(gpu: str, visible: str | None, number: int) -> None:
+    assert ordinal(gpu, visible) == number
