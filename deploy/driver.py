@@ -50,6 +50,14 @@ def resources() -> dict[str, float]:
     return total
 
 
+def has_supervisor() -> bool:
+    try:
+        ray.get_actor(SUPERVISOR)
+    except ValueError:
+        return False
+    return True
+
+
 def bring_up(spec: ClusterSpec, view: StatusView) -> tuple[str, ...]:
     """Start a supervisor for `spec` and wait until every unit is ready; returns the routers' endpoints.
 

@@ -61,7 +61,7 @@ def launch(file: TopologyFile, address: str | None, view: StatusView) -> Running
     folder = ClusterFolder(file.topology.name)
     with folder.lock():
         running = folder.live()
-        if running is not None:
+        if running is not None and _answers(running):
             _check_same(running, file)
             return RunningCluster(running, None, is_new=False)
         plan = prepare(file)
@@ -86,8 +86,11 @@ def stop(state: ClusterState) -> None:
     prepare_ray(folder.token)
     from splitserve.deploy import driver
 
-    with driver.session(state.name, state.address):
-        driver.shutdown()
+    try:
+        with driver.session(state.name, state.address):
+            driver.shutdown()
+    except StartupError as error:
+        raise StartupError(f"{error}; if that Ray is gone for good, delete {folder.path}") from error
     folder.forget()
 
 
@@ -107,6 +110,8 @@ def _launch_on(
 
     keys = CurveKeys.generate() if topology.security.encrypted else None
     with driver.session(topology.name, address):
+        if driver.has_supervisor():
+            raise StartupError(f"a cluster {topology.name} runs on that Ray already; give this one another name")
         check_resources(plan, driver.resources())
         folder.write(state)
         try:
@@ -127,6 +132,20 @@ def _with_absolute_model(topology: Topology) -> Topology:
         return topology
     absolute = model.model_copy(update={"path": os.path.abspath(model.path), "name": model.served_name})
     return topology.model_copy(update={"model": absolute})
+
+
+def _answers(state: ClusterState) -> bool:
+    """Whether a cluster on somebody else's Ray is still there; our own Ray's owner has been seen alive."""
+    if state.ray is not None:
+        return True
+    prepare_ray(ClusterFolder(state.name).token)
+    from splitserve.deploy import driver
+
+    try:
+        with driver.session(state.name, state.address):
+            return driver.has_supervisor()
+    except StartupError:
+        return False
 
 
 def _check_same(running: ClusterState, file: TopologyFile) -> None:

@@ -14,17 +14,15 @@ STATE_STYLES = {"ready": "green", "failed": "red", "down": "red"}
 
 def timing_table(completion: Completion, sampling: Sampling) -> Table:
     """One request: its phases in the order they pass, then its latencies and sizes."""
-    usage, timings = completion.summary.usage, completion.summary.timings
+    summary, usage, timings = completion.summary, completion.summary.usage, completion.summary.timings
     title = f"where the time went ({describe_sampling(sampling)})"
     table = Table("phase", Column("time", justify="right"), "of", title=title, title_justify="left")
     table.add_row("queue", _ms(timings.queue_s), completion.request_id)
-    table.add_row(
-        "prefill", _ms(timings.prefill_s), f"{usage.prompt_tokens} tokens, {usage.cached_tokens} of them cached"
-    )
+    table.add_row("prefill", _ms(timings.prefill_s), f"{usage.prompt_tokens} tokens, {usage.cached_tokens} cached")
     table.add_row(
         "KV transfer",
         _ms(timings.kv_transfer_s),
-        f"{completion.summary.prefill_engine} to {completion.summary.decode_engine}",
+        f"{summary.prefill_engine} to {summary.decode_engine}",
     )
     table.add_row("decode", _ms(timings.decode_s), f"{usage.completion_tokens} tokens")
     table.add_section()

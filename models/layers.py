@@ -50,7 +50,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     On a CPU in float32 a row's bits do not depend on the other rows: MKL (with MKL_CBWR=AVX2) rounds alike only from
     4 rows and 24 columns on, so smaller products are padded.
     """
-    if x.is_cuda:
+    if not x.is_cpu:
         return F.linear(x, weight, bias)
     if x.dtype == torch.float32:
         return _padded_linear(x, weight, bias)

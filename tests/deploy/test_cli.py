@@ -14,9 +14,12 @@ import pytest
 from splitserve import __version__
 from splitserve.cluster.errors import StartupError
 from splitserve.cluster.topology import Router
+from splitserve.cluster.topology_file import load_topology
 from splitserve.deploy import preflight
 from splitserve.deploy.cli import main
-from splitserve.deploy.cluster_state import ClusterFolder, ClusterState
+from splitserve.deploy.cluster_state import ClusterFolder, ClusterState, LocalRay
+from splitserve.deploy.commands import lifecycle
+from splitserve.deploy.processes import Process
 from tests.deploy.clusters import free_port, write_topology
 
 ERROR = "splitserve: error: "
@@ -143,13 +146,39 @@ def test_a_running_cluster_of_another_topology_is_told(
 ) -> None:
     file = write_topology(tmp_path, tiny_model)
     name = file.read_text().split()[1]
-    folder = ClusterFolder(name)
+    folder, me = ClusterFolder(name), Process.of(os.getpid())
+    assert me is not None
     folder.make()
-    folder.write(ClusterState(name, "10.0.0.1:6379", "old.yaml", "other digest", ("127.0.0.1:1",), None))
+    ray = LocalRay(me, str(tmp_path / "ray"))
+    folder.write(ClusterState(name, "10.0.0.1:6379", "old.yaml", "other digest", ("127.0.0.1:1",), ray))
     status, error = fail(capsys, "up", file)
     assert status == 1
     assert error.startswith(f"cluster {name} is running as old.yaml described it")
     assert f"`splitserve down {name}` first" in error
+
+
+def test_a_cluster_whose_ray_is_gone(capsys: pytest.CaptureFixture[str]) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    folder = ClusterFolder("gone")
+    folder.make()
+    folder.write(ClusterState("gone", address, "t.yaml", "digest", ("127.0.0.1:1",), None))
+    for command in ("status", "down"):
+        status, error = fail(capsys, command)
+        assert status == 1
+        assert error.startswith(f"cannot join the Ray at {address}")
+    assert f"if that Ray is gone for good, delete {folder.path}" in error
+
+
+def test_a_model_alone_gets_a_topology_that_is_shown(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifecycle, "count_gpus", lambda: 0)
+    assert main(["up", "--model", str(tmp_path / "Lost-Model")]) == 1
+    error = capsys.readouterr().err
+    assert "topology made for this host" in error
+    assert "name: lost-model" in error
+    assert "Lost-Model: found nothing there" in error
+    assert load_topology(ClusterFolder("lost-model").path / "topology.yaml").prefill is not None
 
 
 @pytest.mark.parametrize("address", ["auto", "10.0.0.1", "host:port"])

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from splitserve.client import Client, SplitserveClientError
-from splitserve.deploy.cluster_state import ClusterFolder
+from splitserve.deploy.cluster_state import ClusterFolder, ClusterState
+from splitserve.deploy.processes import session_members
 from tests.deploy.clusters import (
     left_behind,
     run_command,
@@ -56,6 +59,12 @@ def test_a_cluster_lives_through_deaths_and_leaves_nothing(tmp_path: Path, tiny_
         assert "ended without a word" in decode["reason"]
         assert ask(endpoint, 24) == before
 
+        running = units(name)
+        _kill_supervisor(state)
+        adopted = units(name)
+        assert {unit["state"] for unit in adopted.values()} == {"ready"}
+        assert [unit["workers"] for unit in adopted.values()] == [unit["workers"] for unit in running.values()]
+
         os.kill(units(name)["router/0"]["workers"][0]["pid"], signal.SIGKILL)
         wait_until(lambda: _answers(endpoint), BACK_WITHIN_S, "the router is back")
         assert ask(endpoint, 24) == before
@@ -83,6 +92,16 @@ def _kill_decode_while_it_streams(name: str, endpoint: str) -> None:
     assert "decode/0/0" in caught.value.message
 
 
+def _kill_supervisor(state: ClusterState) -> None:
+    """Ray starts it again, and its next answer comes from a new process."""
+    assert state.ray is not None
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in session_members(state.ray.owner)}
+    (supervisor,) = (pid for pid, command in commands.items() if command.startswith(b"ray::Supervisor"))
+    os.kill(supervisor, signal.SIGKILL)
+    log = ClusterFolder(state.name).logs / "supervisor.log"
+    wait_until(lambda: "adopting router/0" in log.read_text(), BACK_WITHIN_S, "the supervisor is back")
+
+
 def _answers(endpoint: str) -> bool:
     try:
         return bool(ask(endpoint, 1))
@@ -96,6 +115,9 @@ def _check_commands(name: str, endpoint: str, folder: Path) -> None:
     assert result.stdout.strip()
     assert "temperature 0 (greedy), seed 0" in " ".join(result.stderr.split())
     assert run_command("chat", "Hello!", "--max-tokens", 4, "--cluster", name).returncode == 0
+    talk = [sys.executable, "-m", "splitserve", "chat", "--max-tokens", "4", "--cluster", name]
+    talked = subprocess.run(talk, input="Hello!\nAgain?\n", capture_output=True, text=True, timeout=60, check=True)
+    assert talked.stderr.count("where the time went") == 2
     figures = folder / "bench.json"
     load = ("--requests", 6, "--warmup", 1, "--concurrency", 3, "--prompt-tokens", 20, "--output-tokens", "uniform:2:9")
     table = succeed("bench", *load, "--json", figures, "--endpoint", endpoint)
