@@ -19,7 +19,6 @@ from pathlib import Path
 
 MAX_FILE_BYTES = 16 * 2**20
 KEPT_FILES = 2
-STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"taskName"}  # a record's attributes that no `extra` made
 HEAD = ("time", "level", "worker", "message", "traceback")  # what `render` places; the rest follows as name=value
 
 
@@ -29,6 +28,8 @@ class JsonFormatter(logging.Formatter):
     def __init__(self, worker: str) -> None:
         super().__init__()
         self._worker = worker
+        # What a record has without any `extra`. Ray adds to it when it is imported.
+        self._standard = frozenset(vars(logging.makeLogRecord({}))) | {"taskName"}
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {
@@ -37,7 +38,7 @@ class JsonFormatter(logging.Formatter):
             "worker": self._worker,
             "message": record.getMessage(),
         }
-        entry |= {name: value for name, value in vars(record).items() if name not in STANDARD}
+        entry |= {name: value for name, value in vars(record).items() if name not in self._standard}
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)
         return json.dumps(entry, ensure_ascii=False, default=str)

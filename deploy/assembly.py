@@ -21,7 +21,7 @@ from splitserve.engine.sequence import ModelLimits
 from splitserve.engine.serving import Engine, Send
 from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.sender import KvSender
-from splitserve.kv_transfer.shm import HostSender, ShmReceiver, ShmSegment, host_id
+from splitserve.kv_transfer.shm import HostSender, ShmReceiver, ShmSegment, host_id, sweep
 from splitserve.kv_transfer.staging import WindowAllocator
 from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender
 from splitserve.prefill_worker.engine import PrefillEngine, PrefillLimits
@@ -89,6 +89,7 @@ def _decode_rank(spec: RankSpec, runner: ModelRunner, parking: ParkingService) -
         receiver = KvReceiver(runner.cache, spec.tp_rank, settings.staging, control, time.monotonic)
         endpoint = RankEndpoint(address, "tcp", host_id(), "", 0, 0)
     else:
+        sweep(spec.topology.name)  # of what an incarnation before this one left when it was killed
         segment = ShmSegment(spec.topology.name, settings.staging)
         transport = ShmReceiver(control, segment)
         receiver = KvReceiver(runner.cache, spec.tp_rank, settings.staging, transport, time.monotonic)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import (
     Busy,
     Cancel,
@@ -118,7 +117,8 @@ class InProcessCluster:
         deadline = time.monotonic() + 4 * self.settings.lease_s
         busy = True
         while busy:
-            busy = any([engine.step() or engine.transferring for engine in self.engines])
+            self.step()
+            busy = any(engine.transferring or engine.stats().running for engine in self.engines)
             busy = busy or (self.settings.split and self.staging.granted_bytes > 0)
             assert time.monotonic() < deadline, "transfers did not end"
 

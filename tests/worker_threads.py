@@ -1,0 +1,97 @@
+"""A whole cluster in this process, a thread a rank: real sockets, collectives, shared memory and gRPC, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from splitserve.client import Client
+from splitserve.cluster.rank_spec import RankSpec
+from splitserve.cluster.topology import Topology
+from splitserve.deploy.worker import Worker
+from splitserve.models.resolve import resolve_model
+from splitserve.router.service import RouterService
+
+
+def topology(model: Path, *, prefill_tp: int = 1, decode_tp: int = 1, **changes: Any) -> Topology:
+    """A small cluster on a free port; `changes` replace whole sections."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pool = {"kv_memory": "64MiB", "page_size": 16}
+    settings: dict[str, Any] = {
+        "name": "threads",
+        "model": {"path": str(model), "context": 1024},
+        "router": {"grpc": f"127.0.0.1:{port}"},
+        "prefill": {**pool, "layout": {"tp": prefill_tp}},
+        "decode": {**pool, "layout": {"tp": decode_tp}},
+        "kv_transfer": {"staging": "4MiB"},
+    }
+    return Topology.model_validate(settings | changes)
+
+
+@contextlib.contextmanager
+def running(described: Topology) -> Iterator[Client]:
+    """Start `described`'s workers and its router; yields a client once requests can be placed."""
+    stop, failures = threading.Event(), list[BaseException]()
+    threads: list[threading.Thread] = []
+    leaders: list[Worker] = []
+
+    def start(spec: RankSpec) -> Worker:
+        def run() -> None:
+            try:
+                worker.run(stop)
+            except BaseException as error:
+                failures.append(error)
+
+        worker = Worker(spec)
+        threads.append(threading.Thread(target=run, daemon=True))
+        threads[-1].start()
+        return worker
+
+    for role in described.roles:
+        pool = described.pool(role)
+        for replica in range(pool.replicas):
+            leader = RankSpec(described, role, replica, 0, 0, pool.device, "127.0.0.1", f"{role}-{replica}")
+            leaders.append(start(leader))
+            for rank in range(1, pool.layout.tp):
+                start(replace(leader, tp_rank=rank, group_address=leaders[-1].group_address))
+    try:
+        while not all(leader.member() for leader in leaders):
+            assert not failures, failures
+            time.sleep(0.02)
+        members = [member for leader in leaders if (member := leader.member()) is not None]
+        with _router(described, members) as address:
+            client = Client(address)
+            yield client
+            client.close()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(10)
+    assert not failures, failures
+
+
+@contextlib.contextmanager
+def _router(described: Topology, members: Any) -> Iterator[str]:
+    service = RouterService(described, resolve_model(described.model.path))
+    service.set_members(members)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    address = asyncio.run_coroutine_threadsafe(service.start(), loop).result(10)
+    try:
+        while not service.dispatcher.ready:
+            time.sleep(0.02)
+        yield address
+    finally:
+        asyncio.run_coroutine_threadsafe(service.stop(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
