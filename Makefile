@@ -23,11 +23,11 @@ demo: setup
 bench: setup
 	$(BIN)/python -m benchmarks
 
-gpu-test:
-	PYTHONPATH=. python3 -m pytest -m gpu
+gpu-test: # on a GPU host, from a bare checkout
+	PYTHONPATH=.:$(PYTHONPATH) python3 -m pytest -m gpu tests
 
 gpu-bench:
-	PYTHONPATH=. python3 -m benchmarks.gpu
+	PYTHONPATH=.:$(PYTHONPATH) python3 -m benchmarks.gpu
 
 # Stubs are made with an old generator, so that old and new protobuf runtimes accept them.
 proto:

@@ -75,6 +75,8 @@ class Worker:
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop` is set. Raises SplitserveError when the rank cannot start or its group is gone."""
         try:
+            if self._spec.device != "cpu":
+                torch.cuda.set_device(self._spec.device)
             group = self._join_group()
             runner = self._load(group)
             parts = rank_parts(self._spec, runner)

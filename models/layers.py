@@ -8,8 +8,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-MIN_ROWS = 4
-MIN_COLUMNS = 24
+UPCAST_ROWS = 4
 UPCAST_ELEMENTS = 1 << 22
 
 NewTensor = Callable[..., torch.Tensor]
@@ -44,29 +43,26 @@ class SingleRank:
         return x
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x` [rows, in] times `weight` [out, in] transposed, plus `bias` [out].
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """`weight` [out, in] in the form `linear` is fastest with. On a CPU, float32 is laid out in blocks for oneDNN.
 
-    On a CPU in float32 a row's bits do not depend on the other rows: MKL (with MKL_CBWR=AVX2) rounds alike only from
-    4 rows and 24 columns on, so smaller products are padded.
+    oneDNN adds up each row in one order whatever the number of rows, columns or threads, so that a row's bits do not
+    depend on the other rows; MKL's products do not promise that.
     """
-    if not x.is_cpu:
-        return F.linear(x, weight, bias)
-    if x.dtype == torch.float32:
-        return _padded_linear(x, weight, bias)
-    if x.shape[0] >= MIN_ROWS and not _has_fast_bfloat16():
+    if weight.is_cpu and weight.dtype == torch.float32:
+        packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        return packed
+    return weight
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x` [rows, in] times packed `weight` [out, in] transposed, plus `bias` [out]."""
+    if weight.is_mkldnn:
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return product
+    if x.is_cpu and x.dtype == torch.bfloat16 and len(x) >= UPCAST_ROWS and not _has_fast_bfloat16():
         return _upcast_linear(x, weight, bias)
     return F.linear(x, weight, bias)
-
-
-def _padded_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    rows, columns = x.shape[0], weight.shape[0]
-    if columns < MIN_COLUMNS:
-        weight = F.pad(weight, (0, 0, 0, MIN_COLUMNS - columns))
-        bias = None if bias is None else F.pad(bias, (0, MIN_COLUMNS - columns))
-    if rows < MIN_ROWS:
-        x = F.pad(x, (0, 0, 0, MIN_ROWS - rows))
-    return F.linear(x, weight, bias)[:rows, :columns]
 
 
 def _has_fast_bfloat16() -> bool:
@@ -76,18 +72,21 @@ def _has_fast_bfloat16() -> bool:
 def _upcast_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Without bfloat16 instructions torch multiplies one row at a time; float32 by slices that stay in the cache is
     several times faster."""
-    step = max(MIN_COLUMNS, UPCAST_ELEMENTS // weight.shape[1])
+    step = max(1, UPCAST_ELEMENTS // weight.shape[1])
     wide = x.float()
     product = torch.cat([F.linear(wide, part.float()) for part in torch.split(weight, step)], dim=-1)
     return (product if bias is None else product.add_(bias)).to(x.dtype)
 
 
 class Linear:
-    """Weight [out, in] and optional bias [out], uncut or cut by output columns."""
+    """Weight [out, in] and optional bias [out], uncut or cut by output columns. To be packed once it is filled."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool, new: NewTensor) -> None:
         self.weight = new(out_features, in_features)
         self.bias = new(out_features) if bias else None
+
+    def pack(self) -> None:
+        self.weight = pack(self.weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
@@ -106,15 +105,14 @@ class RowParallelLinear(Linear):
 
 
 class VocabParallelEmbedding:
-    """Rows of the vocabulary cut over ranks, padded to a multiple of them; also the head that scores them."""
+    """Rows of the vocabulary cut over ranks, padded to a multiple of them."""
 
     def __init__(self, vocab_size: int, hidden_size: int, new: NewTensor, tp: TensorParallel) -> None:
-        self._vocab_size, self._tp = vocab_size, tp
         rows = -(-vocab_size // tp.size)
         self.weight = new(rows, hidden_size)
-        self._first = tp.rank * rows
+        self._first, self._tp = tp.rank * rows, tp
 
-    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Token ids [tokens] -> [tokens, hidden]."""
         if self._tp.size == 1:
             return torch.embedding(self.weight, token_ids)
@@ -123,6 +121,17 @@ class VocabParallelEmbedding:
         rows = torch.embedding(self.weight, local.where(here, 0))
         return self._tp.all_reduce(rows.masked_fill_(~here.unsqueeze(-1), 0))
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [rows, hidden] -> scores of the whole vocabulary [rows, vocab], float32, on every rank."""
+
+class VocabParallelHead:
+    """Scores every word of the vocabulary by `weight`, this rank's padded rows of it (the embedding's, if tied)."""
+
+    def __init__(self, vocab_size: int, weight: torch.Tensor, tp: TensorParallel) -> None:
+        self.weight = weight
+        self._vocab_size, self._tp = vocab_size, tp
+
+    def pack(self) -> None:
+        self.weight = pack(self.weight)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [rows, hidden] -> scores [rows, vocab], float32, on every rank."""
         return self._tp.all_gather(linear(hidden, self.weight), -1)[:, : self._vocab_size].float()

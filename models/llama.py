@@ -14,12 +14,12 @@ from splitserve.kernels.rope import apply_rope
 from splitserve.kernels.silu_and_mul import silu_and_mul
 from splitserve.models.config import ModelConfig
 from splitserve.models.layers import (
-    MIN_ROWS,
     Linear,
     NewTensor,
     RowParallelLinear,
     TensorParallel,
     VocabParallelEmbedding,
+    VocabParallelHead,
 )
 from splitserve.models.rope import RopeTable
 
@@ -58,6 +58,10 @@ class Attention:
         q, k = torch.split(apply_rope(turning, *rope), [self._heads, self._kv_heads], dim=1)
         return q, k, v
 
+    def pack(self) -> None:
+        self._qkv.pack()
+        self._output.pack()
+
     def attend(self, q: torch.Tensor, cache_layer: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """Attend from `q` over the cache and project back -> [tokens, hidden]."""
         return self._output(paged_attention(q, cache_layer, metadata, self._dim**-0.5).flatten(1))
@@ -74,6 +78,10 @@ class Mlp:
     def named_weights(self) -> NamedTensors:
         yield from _parts(("gate_proj", "up_proj"), self._gate_up, [self._width, self._width])
         yield from _parts(("down_proj",), self._down)
+
+    def pack(self) -> None:
+        self._gate_up.pack()
+        self._down.pack()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._down(silu_and_mul(self._gate_up(x)))
@@ -94,8 +102,10 @@ class Layer:
 
 
 class LlamaModel:
-    """One rank's decoder for contexts of up to `max_positions`; its weights are whatever memory held until something
-    fills `named_weights`."""
+    """One rank's decoder for contexts of up to `max_positions`.
+
+    Its weights are whatever memory held, until something fills `named_weights` and calls `pack_weights`.
+    """
 
     def __init__(
         self, config: ModelConfig, tp: TensorParallel, dtype: torch.dtype, device: torch.device, max_positions: int
@@ -107,10 +117,9 @@ class LlamaModel:
         self._embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, new, tp)
         self._layers = [Layer(config, new, tp) for _ in range(config.num_layers)]
         self._norm = new(config.hidden_size)
-        self._head = self._embedding
-        if not config.tie_word_embeddings:
-            self._head = VocabParallelEmbedding(config.vocab_size, config.hidden_size, new, tp)
-        self._min_rows = MIN_ROWS if device.type == "cpu" and dtype == torch.float32 else 1
+        self._tied = config.tie_word_embeddings
+        head_weight = self._embedding.weight if self._tied else torch.empty_like(self._embedding.weight)
+        self._head = VocabParallelHead(config.vocab_size, head_weight, tp)
 
     def named_weights(self) -> NamedTensors:
         """Every weight's Hugging Face name and this rank's part of it, as a view to be filled."""
@@ -118,8 +127,15 @@ class LlamaModel:
         for index, layer in enumerate(self._layers):
             yield from _prefixed(f"model.layers.{index}", layer.named_weights())
         yield "model.norm.weight", self._norm
-        if self._head is not self._embedding:
+        if not self._tied:
             yield "lm_head.weight", self._head.weight
+
+    def pack_weights(self) -> None:
+        """Bring the filled weights into the form they are used in; `named_weights` means nothing from then on."""
+        for layer in self._layers:
+            layer.attention.pack()
+            layer.mlp.pack()
+        self._head.pack()
 
     def forward(
         self,
@@ -135,25 +151,22 @@ class LlamaModel:
         `token_ids`, `positions` and `slot_mapping` (page * page_size + offset) are int64 [tokens]; `kv_cache` is one
         tensor [2, pages, kv_heads, page_size, dim] a layer. `on_layer(i)` is called once layer i's KV is written.
         """
-        tokens = len(token_ids)
-        if missing := max(0, self._min_rows - tokens):  # pad once here rather than in every linear layer
-            token_ids, positions = (torch.nn.functional.pad(x, (0, missing)) for x in (token_ids, positions))
         rope = self._rope.at(positions)
-        residual = self._embedding.embed(token_ids)
+        residual = self._embedding(token_ids)
         normed = rms_norm(residual, self._layers[0].input_norm, self._eps)
         for index, (layer, cache_layer) in enumerate(zip(self._layers, kv_cache, strict=True)):
             q, k, v = layer.attention.project(normed, rope)
-            write_kv(cache_layer, k[:tokens], v[:tokens], slot_mapping)
+            write_kv(cache_layer, k, v, slot_mapping)
             if on_layer:
                 on_layer(index)
             attended = layer.attention.attend(q, cache_layer, metadata)
             normed, residual = add_rms_norm(attended, residual, layer.mlp_norm, self._eps)
             normed, residual = add_rms_norm(layer.mlp(normed), residual, self._norm_after(index), self._eps)
-        return normed[:tokens]
+        return normed
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores of the whole vocabulary [rows, vocab] float32, on every rank, for rows of `forward`'s result."""
-        return self._head.logits(hidden)
+        return self._head(hidden)
 
     def _norm_after(self, index: int) -> torch.Tensor:
         return self._layers[index + 1].input_norm if index + 1 < len(self._layers) else self._norm

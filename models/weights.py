@@ -42,33 +42,48 @@ def load_model(
         raise ModelLoadError(f"{config.architecture} can be planned but not run yet; runnable: {', '.join(DECODERS)}")
     model = DECODERS[config.architecture](config, tp, dtype, device, max_positions or config.max_position_embeddings)
     if load_format == "dummy":
-        _fill_all(model, config, tp, _fill_dummy, progress)
-        return model
-    with Checkpoint(folder) as checkpoint:
-
-        def fill(parameter: Parameter, part: torch.Tensor, dim: int, start: int) -> None:
-            part.copy_(checkpoint.read(parameter.name, parameter.shape, dim, start, start + part.shape[dim]))
-
-        _fill_all(model, config, tp, fill, progress)
+        fill_weights(model, config, tp, fill_dummy, progress)
+    else:
+        with Checkpoint(folder) as checkpoint:
+            fill_weights(model, config, tp, fill_from(checkpoint), progress)
+    model.pack_weights()
     return model
 
 
-def _fill_all(
+def fill_weights(
     model: LlamaModel,
     config: ModelConfig,
     tp: TensorParallel,
     fill: Fill,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
+    """Fill this rank's part of every weight, and the padding of the vocabulary with zeros."""
     views = dict(model.named_weights())
     for done, parameter in enumerate(parameters(config), 1):
         dim, start, stop = shard_range(parameter, config, tp.rank, tp.size)
         view = views.pop(parameter.name)
-        part = view.narrow(dim, 0, stop - start)
-        fill(parameter, part, dim, start)
-        view.narrow(dim, stop - start, view.shape[dim] - (stop - start)).zero_()  # padding of the vocabulary
+        fill(parameter, view.narrow(dim, 0, stop - start), dim, start)
+        view.narrow(dim, stop - start, view.shape[dim] - (stop - start)).zero_()
         if progress:
             progress(done, done + len(views))
+
+
+def fill_from(checkpoint: Checkpoint) -> Fill:
+    """Fill from files; nothing beyond the part itself is read."""
+
+    def fill(parameter: Parameter, part: torch.Tensor, dim: int, start: int) -> None:
+        part.copy_(checkpoint.read(parameter.name, parameter.shape, dim, start, start + part.shape[dim]))
+
+    return fill
+
+
+def fill_dummy(parameter: Parameter, part: torch.Tensor, dim: int, start: int) -> None:
+    """Norms 1, all else normal; the same on every rank that holds the same part."""
+    if parameter.name.endswith("norm.weight"):
+        part.fill_(1)
+    else:
+        generator = torch.Generator(part.device).manual_seed(zlib.crc32(f"{parameter.name}/{start}".encode()))
+        part.normal_(std=DUMMY_STD, generator=generator)
 
 
 def shard_range(parameter: Parameter, config: ModelConfig, rank: int, size: int) -> tuple[int, int, int]:
@@ -91,12 +106,3 @@ def shard_range(parameter: Parameter, config: ModelConfig, rank: int, size: int)
                 raise ModelLoadError(f"{parameter.name}: {parameter.shape[dim]} do not divide over {size} ranks")
             return dim, rank * width, (rank + 1) * width
     return 0, 0, rows
-
-
-def _fill_dummy(parameter: Parameter, part: torch.Tensor, dim: int, start: int) -> None:
-    """Norms 1, all else normal; the same on every rank that holds the same part."""
-    if parameter.name.endswith("norm.weight"):
-        part.fill_(1)
-    else:
-        generator = torch.Generator(part.device).manual_seed(zlib.crc32(f"{parameter.name}/{start}".encode()))
-        part.normal_(std=DUMMY_STD, generator=generator)

@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from splitserve.client import Client
 from splitserve.cluster.rank_spec import RankSpec
 from splitserve.cluster.topology import Topology
@@ -20,12 +22,12 @@ from splitserve.models.resolve import resolve_model
 from splitserve.router.service import RouterService
 
 
-def topology(model: Path, *, prefill_tp: int = 1, decode_tp: int = 1, **changes: Any) -> Topology:
+def topology(model: Path, *, prefill_tp: int = 1, decode_tp: int = 1, device: str = "cpu", **changes: Any) -> Topology:
     """A small cluster on a free port; `changes` replace whole sections."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    pool = {"kv_memory": "64MiB", "page_size": 16}
+    pool = {"device": device, "kv_memory": "64MiB", "page_size": 16}
     settings: dict[str, Any] = {
         "name": "threads",
         "model": {"path": str(model), "context": 1024},
@@ -39,7 +41,10 @@ def topology(model: Path, *, prefill_tp: int = 1, decode_tp: int = 1, **changes:
 
 @contextlib.contextmanager
 def running(described: Topology) -> Iterator[Client]:
-    """Start `described`'s workers and its router; yields a client once requests can be placed."""
+    """Start `described`'s workers and its router; yields a client once requests can be placed.
+
+    Each pool's CUDA ranks take the GPUs from the first on, so that pools share them where there are few.
+    """
     stop, failures = threading.Event(), list[BaseException]()
     threads: list[threading.Thread] = []
     leaders: list[Worker] = []
@@ -59,10 +64,11 @@ def running(described: Topology) -> Iterator[Client]:
     for role in described.roles:
         pool = described.pool(role)
         for replica in range(pool.replicas):
-            leader = RankSpec(described, role, replica, 0, 0, pool.device, "127.0.0.1", f"{role}-{replica}")
+            leader = RankSpec(described, role, replica, 0, 0, _device(pool.device, 0), "127.0.0.1", f"{role}-{replica}")
             leaders.append(start(leader))
             for rank in range(1, pool.layout.tp):
-                start(replace(leader, tp_rank=rank, group_address=leaders[-1].group_address))
+                address = leaders[-1].group_address
+                start(replace(leader, tp_rank=rank, device=_device(pool.device, rank), group_address=address))
     try:
         while not all(leader.member() for leader in leaders):
             assert not failures, failures
@@ -77,6 +83,10 @@ def running(described: Topology) -> Iterator[Client]:
         for thread in threads:
             thread.join(10)
     assert not failures, failures
+
+
+def _device(kind: str, rank: int) -> str:
+    return "cpu" if kind == "cpu" else f"cuda:{rank % torch.cuda.device_count()}"
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from splitserve.models.layers import SingleRank
 from splitserve.models.llama import LlamaModel
 from splitserve.models.parameters import local_shape, parameters
 from splitserve.models.resolve import CONFIG_ONLY, load_model_config
-from splitserve.models.weights import load_model, shard_range
+from splitserve.models.weights import fill_dummy, fill_from, fill_weights, load_model, shard_range
 from tests.models.conftest import TINY_MODELS
 from tests.models.driver import CPU
 from tests.models.test_layers import Meeting, ThreadRank
@@ -34,9 +34,14 @@ def load(
     size: int = 1,
     dtype: torch.dtype = torch.float32,
     progress: Callable[[int, int], None] | None = None,
-) -> LlamaModel:
+) -> dict[str, torch.Tensor]:
+    """A rank's filled weights, not packed yet."""
     tp = ThreadRank(Meeting(size), rank) if size > 1 else SingleRank()
-    return load_model(folder, load_model_config(str(folder)), dtype, CPU, tp, "auto", progress=progress)
+    config = load_model_config(str(folder))
+    model = LlamaModel(config, tp, dtype, CPU, 256)
+    with Checkpoint(folder) as checkpoint:
+        fill_weights(model, config, tp, fill_from(checkpoint), progress)
+    return dict(model.named_weights())
 
 
 @pytest.fixture
@@ -68,7 +73,7 @@ def test_ranks_hold_every_element_and_read_no_other(
             return part
 
         monkeypatch.setattr(Checkpoint, "read", recording)
-        views = dict(load(folder, rank, size).named_weights())
+        views = load(folder, rank, size)
         local = [local_shape(parameter, config, size, 1) for parameter in parameters(config)]
         assert sum(elements) <= sum(torch.Size(shape).numel() for shape in local)
         for parameter, shape in zip(parameters(config), local, strict=True):
@@ -87,7 +92,7 @@ def test_sharded_checkpoints_load_alike(tiny: TinyModels, tmp_path: Path) -> Non
     folder, oracle = tiny("qwen2")
     oracle.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    one, many = (dict(load(path).named_weights()) for path in (folder, tmp_path))
+    one, many = load(folder), load(tmp_path)
     assert all(torch.equal(one[name], many[name]) for name in one)
     next(tmp_path.glob("model-00002*")).unlink()
     with pytest.raises(ModelLoadError, match=r"model-00002.*no such file"):
@@ -98,7 +103,7 @@ def test_bfloat16_checkpoints_load_into_either_dtype(copy: Path) -> None:
     rewrite(copy, lambda tensors: tensors.update({name: x.bfloat16() for name, x in tensors.items()}))
     stored = load_file(copy / "model.safetensors")
     for dtype in (torch.float32, torch.bfloat16):
-        weights = dict(load(copy, dtype=dtype).named_weights())
+        weights = load(copy, dtype=dtype)
         assert all(torch.equal(weight, stored[name].to(dtype)) for name, weight in weights.items())
 
 
@@ -112,13 +117,15 @@ def test_progress_counts_up_to_all_weights(tiny: TinyModels) -> None:
 
 def test_dummy_weights_need_no_files_and_repeat(tiny: TinyModels, tmp_path: Path) -> None:
     config = load_model_config(str(tiny("qwen3")[0]))
-    first, second = (
-        dict(load_model(tmp_path, config, torch.float32, CPU, SingleRank(), "dummy").named_weights()) for _ in range(2)
-    )
+    models = [LlamaModel(config, SingleRank(), torch.float32, CPU, 256) for _ in range(2)]
+    for model in models:
+        fill_weights(model, config, SingleRank(), fill_dummy)
+    first, second = (dict(model.named_weights()) for model in models)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (first["model.layers.0.self_attn.q_norm.weight"] == 1).all()
     assert first[DOWN].std() == pytest.approx(0.02, rel=0.05)
     assert not torch.equal(first[DOWN], first[DOWN.replace("1", "0")])
+    load_model(tmp_path, config, torch.float32, CPU, SingleRank(), "dummy")
 
 
 def break_index(folder: Path) -> None:
@@ -181,6 +188,6 @@ def test_every_parameter_has_a_place(tiny: TinyModels) -> None:
     for name in TINY_MODELS:
         folder, oracle = tiny(name)
         config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
-        named = [parameter_name for parameter_name, _ in load(folder).named_weights()]
+        named = list(load(folder))
         assert sorted(named) == sorted(parameter.name for parameter in parameters(config))
         assert set(named) == {key for key, _ in oracle.named_parameters()}
