@@ -58,7 +58,9 @@ def serve(engine: Engine, channel: WorkerChannel, stop: threading.Event, lease_s
         if time.monotonic() >= next_round:
             next_round = time.monotonic() + STATS_INTERVAL_S
             for router in leases.expired(time.monotonic()):
-                log.warning("a router's lease ended: its requests are freed", extra={"router": router.decode(errors="replace")})
+                log.warning(
+                    "a router's lease ended: its requests are freed", extra={"router": router.decode(errors="replace")}
+                )
                 engine.forget(router)
             engine.expire()
             for router in leases.routers:

@@ -97,7 +97,10 @@ def shard_range(parameter: Parameter, config: ModelConfig, rank: int, size: int)
             per_rank = -(-rows // size)
             return 0, min(rank * per_rank, rows), min((rank + 1) * per_rank, rows)
         case Shard.KV_HEADS:
-            heads = config.kv_layout(size, 1, config.dtype).heads(rank)
+            try:
+                heads = config.kv_layout(size, 1, config.dtype).heads(rank)
+            except ValueError as error:
+                raise ModelLoadError(f"{parameter.name}: {error}") from error
             return 0, heads.start * config.head_dim, heads.stop * config.head_dim
         case Shard.ROWS | Shard.COLUMNS as shard:
             dim = 1 if shard is Shard.COLUMNS else 0

@@ -22,7 +22,7 @@ if "$python" -c 'import torch, sys; sys.exit(tuple(map(int, torch.__version__.sp
   constraints=.venv/constraints.txt
 fi
 
-"$python" -m venv --clear "${venv_flags[@]}" .venv || {
+"$python" -m venv "${venv_flags[@]}" .venv || {
   echo "setup: '$python -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2
   exit 1
 }

@@ -179,6 +179,8 @@ def test_faults_are_named(copy: Path, fault: str) -> None:
 def test_uneven_shards_and_unrunnable_models_are_refused(tiny: TinyModels, tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"q_proj.weight: 192 do not divide over 5 ranks"):
         load(tiny("llama")[0], 0, 5)
+    with pytest.raises(ModelLoadError, match=r"k_proj.weight: 4 KV heads do not divide over tp=3"):
+        load(tiny("llama")[0], 0, 3)
     config = load_model_config(next(iter(CONFIG_ONLY)))
     with pytest.raises(ModelLoadError, match="DeepseekV3ForCausalLM can be planned but not run"):
         load_model(tmp_path, config, torch.float32, CPU, SingleRank(), "dummy")
