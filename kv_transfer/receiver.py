@@ -58,6 +58,7 @@ class KvReceiver:
         self._transport, self._clock = transport, clock
         self._receptions: dict[str, Reception] = {}
         self._events: list[ReceiverEvent] = []
+        self._newest_epoch = 0
         self.rejected = 0
 
     @property
@@ -78,6 +79,7 @@ class KvReceiver:
             if window.overlaps(other.window):
                 raise TransferFailed(f"window: {window} still belongs to {transfer_id}")
         self._receptions[incoming.transfer_id] = reception
+        self._newest_epoch = max(self._newest_epoch, incoming.epoch)
         self._settle(reception)
 
     def poll(self, limit: int = MAX_ARRIVALS) -> list[ReceiverEvent]:
@@ -123,7 +125,9 @@ class KvReceiver:
             self.rejected += 1
             return
         reception = self._receptions.get(message.transfer_id)
-        if reception is None or reception.incoming.epoch != message.epoch:
+        if message.epoch > self._newest_epoch:
+            self._put_off(arrival.peer, message)
+        elif reception is None or reception.incoming.epoch != message.epoch:
             self._refuse(arrival.peer, message, "the receiver does not know this transfer (any more)")
         elif isinstance(message, KvDrained):
             self._on_drained(reception, message)
@@ -199,6 +203,11 @@ class KvReceiver:
         reception.lifecycle.move(TransferState.DRAINED, TransferState.FREE)
         del self._receptions[reception.incoming.transfer_id]
         self._events.append(Freed(reception.incoming.transfer_id))
+
+    def _put_off(self, peer: bytes, message: FromSender) -> None:
+        """The sender has its ticket before this rank has heard of it from its leader: a frame is to come again."""
+        if isinstance(message, KvFrame):
+            self._send(peer, KvNack(message.transfer_id, message.epoch, message.sequence))
 
     def _refuse(self, peer: bytes, message: FromSender, reason: str) -> None:
         if not isinstance(message, KvDrained):

@@ -112,8 +112,10 @@ class Pair:
             for rank, cache in enumerate(self.target_caches)
         ]
 
-    def open(self, name: str, pages: Sequence[int], start: int, stop: int, window: Window) -> Ticket:
-        """Reserve on all target ranks."""
+    def open(
+        self, name: str, pages: Sequence[int], start: int, stop: int, window: Window, late: frozenset[int] = frozenset()
+    ) -> Ticket:
+        """Reserve on all target ranks but the `late` ones."""
         ticket = Ticket(
             transfer_id=name,
             epoch=self.epochs.next(),
@@ -123,8 +125,9 @@ class Pair:
             lease_s=self.lease_s,
             endpoints=tuple(self._endpoint(rank, window) for rank in range(self.target.tp)),
         )
-        for receiver in self.receivers:
-            receiver.open(self.incoming(ticket, pages))
+        for rank, receiver in enumerate(self.receivers):
+            if rank not in late:
+                receiver.open(self.incoming(ticket, pages))
         return ticket
 
     def incoming(self, ticket: Ticket, pages: Sequence[int]) -> Incoming:

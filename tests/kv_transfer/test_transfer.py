@@ -112,6 +112,28 @@ def test_layers_stream_while_prefill_computes() -> None:
     assert run(pair) == ([[Sent("r/0")]], [[Verified("r/0", HAND_OFF)]])
 
 
+@pytest.mark.parametrize("earlier", [False, True], ids=["its-first", "a-later-one"])
+def test_a_follower_that_hears_of_a_transfer_late_loses_nothing(earlier: bool) -> None:
+    """KV may reach a decode rank before its leader's command does."""
+    pair = Pair(layout(1), layout(2))
+    if earlier:
+        first = pair.open("first/0", list(range(6, 12)), 0, 23, Window(4096, 4096))
+        pair.begin(first, list(range(6, 12)), dense_kv(pair.source, 23))
+        pair.all_ready(first)
+        run(pair)
+    ticket = pair.open("r/0", list(range(6)), 0, 23, WINDOW, late=frozenset({1}))
+    pair.begin(ticket, list(range(6)), dense_kv(pair.source, 23))
+    pair.all_ready(ticket)
+    for _ in range(20):
+        sent, received = pair.step()
+        assert sent == [[]]
+        assert received[1] == []
+    pair.receivers[1].open(pair.incoming(ticket, list(range(6))))
+    sent, received = run(pair)
+    assert sent == [[Sent("r/0")]]
+    assert Verified("r/0", None) in received[1]
+
+
 def test_the_hand_off_alone_is_a_transfer() -> None:
     pair = Pair(layout(2), layout(2))
     ticket = pair.open("r/0", list(range(6)), 8, 8, Window(0, 0))
