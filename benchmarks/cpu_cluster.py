@@ -31,7 +31,7 @@ from splitserve.models.resolve import resolve_model
 TOPOLOGIES = Path(__file__).parent.parent / "deploy" / "topologies"
 MODEL = "smollm2-135m-instruct"
 THREADS = 2
-ROUNDS = 7
+ROUNDS = 5
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
 BATCH = 16
 

@@ -88,6 +88,7 @@ def hugging_face_config(file: GgufFile) -> dict[str, Any]:
     names = file.tensors
     raw = {
         "architectures": [ARCHITECTURES[file.architecture]],
+        "model_type": file.architecture,
         "vocab_size": len(file.fields.get("tokenizer.ggml.tokens", ())),
         "hidden_size": hidden,
         "intermediate_size": file.value("feed_forward_length"),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 UPCAST_ROWS = 4
-UPCAST_ELEMENTS = 1 << 22
+UPCAST_ELEMENTS = 1 << 20
 
 NewTensor = Callable[..., torch.Tensor]
 
