@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,9 @@ from splitserve.deploy.units import RankPlace, Unit
 # How much of a node's custom resource a worker takes: enough to be placed there, too little to fill it.
 SLIVER = 0.001
 CALLS_AT_ONCE = 4
+# Rounds that an idle OpenMP thread spins before it sleeps, some 10 microseconds. By default it spins on and on, which
+# takes the cores from other processes: two ranks of 2 threads each on 2 cores then run 10 to 100 times slower.
+BRIEF_SPIN = "1000"
 
 Actor = Any  # an ActorHandle; Ray cannot type the methods of ours
 
@@ -138,7 +142,7 @@ def start_unit(spec: ClusterSpec, unit: Unit, now: float) -> RunningUnit:
             max_restarts=0,
             max_concurrency=CALLS_AT_ONCE,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, index),
-            runtime_env={"env_vars": _environment(spec.topology, unit)},
+            runtime_env={"env_vars": environment(spec.topology, unit, len(os.sched_getaffinity(0)))},
             **_actor_resources(_resources(spec.topology, unit)),
         ).remote(spec.topology.name, name, incarnation)
         for index, name in enumerate(unit.workers)
@@ -203,16 +207,24 @@ def _actor_resources(resources: Mapping[str, float]) -> dict[str, Any]:
     return {"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0.0), "resources": custom}
 
 
-def _environment(topology: Topology, unit: Unit) -> dict[str, str]:
-    """Set before the process starts, since torch reads it when it loads. MKL_CBWR: same bits in any batch."""
+def environment(topology: Topology, unit: Unit, host_cpus: int) -> dict[str, str]:
+    """Environment of a unit's processes: torch reads it when it loads. MKL_CBWR: same bits in any batch."""
     threads = "1" if unit.is_router else str(topology.pool(unit.ranks[0].role).threads)
+    crowded = _cpu_threads(topology) > host_cpus * topology.hosts.count
     return {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "MKL_CBWR": "AVX2",
         "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
         "TOKENIZERS_PARALLELISM": "false",
-    }
+    } | ({"GOMP_SPINCOUNT": BRIEF_SPIN} if crowded else {})
+
+
+def _cpu_threads(topology: Topology) -> int:
+    """Threads that compute on CPUs, and one for each router."""
+    pools = [topology.pool(role) for role in topology.roles]
+    ranks = sum(pool.threads * pool.replicas * pool.layout.ranks for pool in pools if pool.device == "cpu")
+    return ranks + topology.router.replicas
 
 
 def _rank_spec(spec: ClusterSpec, rank: RankPlace, incarnation: str) -> RankSpec:

@@ -44,12 +44,13 @@ class SingleRank:
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
-    """`weight` [out, in] in the form `linear` is fastest with. On a CPU, float32 is laid out in blocks for oneDNN.
+    """`weight` [out, in] in the form `linear` is fastest with. On a CPU, weights are laid out in blocks for oneDNN.
 
-    oneDNN adds up each row in one order whatever the number of rows, columns or threads, so that a row's bits do not
-    depend on the other rows; MKL's products do not promise that.
+    oneDNN adds up each float32 row in one order whatever the number of rows, columns or threads, so that a row's bits
+    do not depend on the other rows; MKL's products do not promise that. bfloat16 is packed only where the CPU has
+    instructions for it.
     """
-    if weight.is_cpu and weight.dtype == torch.float32:
+    if weight.is_cpu and (weight.dtype == torch.float32 or _has_fast_bfloat16()):
         packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         return packed
     return weight
@@ -60,7 +61,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if weight.is_mkldnn:
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return product
-    if x.is_cpu and x.dtype == torch.bfloat16 and len(x) >= UPCAST_ROWS and not _has_fast_bfloat16():
+    if x.is_cpu and x.dtype == torch.bfloat16 and len(x) >= UPCAST_ROWS:
         return _upcast_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -70,8 +71,8 @@ def _has_fast_bfloat16() -> bool:
 
 
 def _upcast_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Without bfloat16 instructions torch multiplies one row at a time; float32 by slices that stay in the cache is
-    several times faster."""
+    """Without bfloat16 instructions (else the weight were packed) torch multiplies one row at a time; float32 by slices
+    that stay in the cache is several times faster."""
     step = max(1, UPCAST_ELEMENTS // weight.shape[1])
     wide = x.float()
     product = torch.cat([F.linear(wide, part.float()) for part in torch.split(weight, step)], dim=-1)

@@ -8,6 +8,7 @@ from splitserve.cluster.topology import Topology
 from splitserve.cluster.topology_file import load_topology
 from splitserve.deploy.actors import ordinal
 from splitserve.deploy.default_topology import default_topology
+from splitserve.deploy.running_unit import environment
 from splitserve.deploy.units import make_units
 
 
@@ -54,3 +55,12 @@ def test_a_default_topology_has_a_valid_name(path: str, name: str) -> None:
 @pytest.mark.parametrize(("gpu", "visible", "number"), [("3", None, 3), ("3", "", 3), ("5", "4,5,7", 1), ("4", "4", 0)])
 def test_a_gpu_has_the_number_that_the_process_gives_it(gpu: str, visible: str | None, number: int) -> None:
     assert ordinal(gpu, visible) == number
+
+
+@pytest.mark.parametrize(("host_cpus", "hosts", "brief"), [(4, 1, True), (5, 1, False), (4, 2, False)])
+def test_threads_that_must_share_cores_spin_briefly(host_cpus: int, hosts: int, brief: bool) -> None:
+    shared = topology(prefill={"threads": 2}, decode={"threads": 2}, hosts={"count": hosts})
+    decode = make_units(shared)[1]
+    variables = environment(shared, decode, host_cpus)
+    assert variables["OMP_NUM_THREADS"] == "2"
+    assert ("GOMP_SPINCOUNT" in variables) is brief
