@@ -6,7 +6,7 @@ Sockets are created here and nowhere else, so that limits and encryption (CURVE)
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ from splitserve.cluster.codec import MAX_MESSAGE_BYTES, pack, unpack
 from splitserve.cluster.errors import ProtocolError, StartupError
 
 SEND_QUEUE = 100_000
+
+Socket = zmq.Socket[Any]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class CurveKeys:
         return cls(public.decode(), secret.decode())
 
 
-def secure(socket: zmq.Socket[Any], keys: CurveKeys | None, *, server: bool) -> None:
+def secure(socket: Socket, keys: CurveKeys | None, *, server: bool) -> None:
     """Set size limits on `socket` and, with `keys`, CURVE in both directions. Call before bind or connect."""
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     socket.setsockopt(zmq.LINGER, 0)
@@ -51,7 +53,7 @@ def secure(socket: zmq.Socket[Any], keys: CurveKeys | None, *, server: bool) -> 
         socket.curve_serverkey = keys.public.encode()
 
 
-def bind(socket: zmq.Socket[Any], address: str, port: int = 0) -> str:
+def bind(socket: Socket, address: str, port: int = 0) -> str:
     """Bind to `address` (a host without port) and return the endpoint.
 
     Raises StartupError naming address and port, and closes the socket, when that fails.
@@ -69,6 +71,14 @@ def bind(socket: zmq.Socket[Any], address: str, port: int = 0) -> str:
     return endpoint.decode().rstrip("\0")
 
 
+def wait(sockets: Iterable[Socket], timeout_ms: int) -> None:
+    """Return when one of `sockets` has something to read, or after `timeout_ms`."""
+    poller = zmq.Poller()
+    for socket in sockets:
+        poller.register(socket, zmq.POLLIN)
+    poller.poll(timeout_ms)
+
+
 class WorkerChannel:
     """A worker's side: one ROUTER socket for all routers. Polled from the worker's loop; not thread-safe."""
 
@@ -80,7 +90,7 @@ class WorkerChannel:
 
     @property
     def socket(self) -> zmq.Socket[bytes]:
-        """For a poller that waits on several sockets."""
+        """For `wait`."""
         return self._socket
 
     def receive(self) -> Iterator[tuple[bytes, Any]]:

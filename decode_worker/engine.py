@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from splitserve.cluster.channel import Socket
 from splitserve.cluster.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -118,8 +119,8 @@ class DecodeEngine:
         return True
 
     @property
-    def transferring(self) -> bool:
-        return any(not request.joined for request in self._requests.values())
+    def sockets(self) -> list[Socket]:
+        return self._ranks.sockets
 
     def forget(self, router: bytes) -> None:
         for request in list(self._requests.values()):

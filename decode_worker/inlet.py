@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from splitserve.cluster.channel import Socket
 from splitserve.cluster.codec import message
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import HandOff, RankEndpoint, Reserve, Ticket
@@ -73,6 +74,10 @@ class ReceiveService:
             CommitReceive: lambda command: receiver.commit(command.transfer_id),
             AbortReceive: lambda command: receiver.abort(command.transfer_id, command.reason),
         }
+
+    @property
+    def sockets(self) -> list[Socket]:
+        return self._receiver.sockets
 
     def poll(self) -> list[object]:
         return list(self._receiver.poll())

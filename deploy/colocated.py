@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from splitserve.cluster.channel import Socket
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import Cancel, EngineStats, HandOff, Prefill, Reserve, Ticket
@@ -102,8 +103,8 @@ class ColocatedEngine:
         return self._decode.step() or prefilled
 
     @property
-    def transferring(self) -> bool:
-        return False
+    def sockets(self) -> list[Socket]:
+        return self._decode.sockets
 
     def forget(self, router: bytes) -> None:
         self._prefill.forget(router)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from splitserve.cluster.channel import WorkerChannel
+from splitserve.cluster.channel import WorkerChannel, wait
 from splitserve.cluster.codec import message
 from splitserve.cluster.errors import StartupError
 from splitserve.cluster.messages import Member, RankEndpoint
@@ -20,7 +20,7 @@ from splitserve.engine.kv_cache import KvCache, pages_for_budget
 from splitserve.engine.ranks import Rank, Ranks
 from splitserve.engine.runner import ModelRunner
 from splitserve.engine.sequence import ModelLimits
-from splitserve.engine.serving import serve
+from splitserve.engine.serving import IDLE_WAIT_MS, serve
 from splitserve.models.layers import SingleRank, TensorParallel
 from splitserve.models.resolve import load_model_config, resolve_model
 from splitserve.models.weights import load_model
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 JOIN_TIMEOUT_S = 300.0
 COLLECTIVE_TIMEOUT_S = 60.0
-FOLLOWER_WAIT_S = 0.002
+LOAD_POLL_S = 0.01
 
 
 @message
@@ -145,7 +145,7 @@ class Worker:
             ready |= {rank: report.endpoint for rank, report in ranks.poll() if isinstance(report, RankReady)}
             if time.monotonic() > deadline:
                 raise StartupError(f"only {len(ready)} of {ranks.size - 1} TP followers loaded in {JOIN_TIMEOUT_S:g} s")
-            time.sleep(FOLLOWER_WAIT_S)
+            time.sleep(LOAD_POLL_S)
         return [ready[rank] for rank in sorted(ready)]
 
     def _lead(
@@ -167,8 +167,10 @@ class Worker:
 def follow(rank: Rank, link: FollowerLink, stop: threading.Event) -> None:
     """Execute the leader's commands and report to it. Raises ProtocolError when the stream has a gap."""
     while not stop.is_set():
-        command = link.receive(FOLLOWER_WAIT_S)
+        command = link.receive(0)
         if command is not None:
             rank.execute(command)
         for report in rank.poll():
             link.report(report)
+        if command is None:
+            wait([link.socket, *rank.sockets], IDLE_WAIT_MS)

@@ -115,10 +115,10 @@ class LeaderLink:
 
     def __init__(self, followers: int, bind_address: str, keys: CurveKeys | None = None) -> None:
         self.followers = followers
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
-        secure(self._socket, keys, server=True)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self.address = bind(self._socket, bind_address)
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        secure(self.socket, keys, server=True)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.address = bind(self.socket, bind_address)
         self._next_step = 0
 
     def wait_for_followers(self, timeout_s: float) -> None:
@@ -126,9 +126,9 @@ class LeaderLink:
         deadline = time.monotonic() + timeout_s
         missing = set(range(1, self.followers + 1))
         while missing:
-            if not self._socket.poll(max(0, int(1000 * (deadline - time.monotonic())))):
+            if not self.socket.poll(max(0, int(1000 * (deadline - time.monotonic())))):
                 raise StartupError(f"TP ranks {sorted(missing)} did not join within {timeout_s:g} s; see their logs")
-            identity, hello = self._socket.recv_multipart()
+            identity, hello = self.socket.recv_multipart()
             if hello != _HELLO:
                 raise ProtocolError(f"TP rank {_rank_of(identity)} sent a report before it joined")
             missing.discard(_rank_of(identity))
@@ -138,7 +138,7 @@ class LeaderLink:
         frames = [self._next_step.to_bytes(_STEP_BYTES, "big"), pack(command)]
         for rank in range(1, self.followers + 1):
             try:
-                self._socket.send_multipart([_identity(rank), *frames], zmq.NOBLOCK)
+                self.socket.send_multipart([_identity(rank), *frames], zmq.NOBLOCK)
             except zmq.ZMQError as error:
                 raise WorkerUnavailable(f"TP rank {rank} is gone: {error.strerror}") from error
         self._next_step += 1
@@ -146,24 +146,24 @@ class LeaderLink:
     def reports(self) -> list[tuple[int, Any]]:
         """What followers reported since the last call, as (rank, message). Raises ProtocolError for malformed ones."""
         reports = []
-        while self._socket.poll(0):
-            identity, data = self._socket.recv_multipart()
+        while self.socket.poll(0):
+            identity, data = self.socket.recv_multipart()
             reports.append((_rank_of(identity), unpack(data)))
         return reports
 
     def close(self) -> None:
-        self._socket.close(linger=0)
+        self.socket.close(linger=0)
 
 
 class FollowerLink:
     """TP rank `rank`'s end of the command stream. Not thread-safe."""
 
     def __init__(self, address: str, rank: int, keys: CurveKeys | None = None) -> None:
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        secure(self._socket, keys, server=False)
-        self._socket.setsockopt(zmq.IDENTITY, _identity(rank))
-        self._socket.connect(address)
-        self._socket.send(_HELLO)
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        secure(self.socket, keys, server=False)
+        self.socket.setsockopt(zmq.IDENTITY, _identity(rank))
+        self.socket.connect(address)
+        self.socket.send(_HELLO)
         self._next_step = 0
 
     def receive(self, timeout_s: float) -> Any | None:
@@ -171,9 +171,9 @@ class FollowerLink:
 
         That error is fatal: this rank no longer does what its group does, and the whole engine must restart.
         """
-        if not self._socket.poll(int(1000 * timeout_s)):
+        if not self.socket.poll(int(1000 * timeout_s)):
             return None
-        frames = self._socket.recv_multipart()
+        frames = self.socket.recv_multipart()
         if len(frames) != 2:
             raise ProtocolError(f"a command of {len(frames)} frames, expected 2")
         step = int.from_bytes(frames[0], "big")
@@ -184,10 +184,10 @@ class FollowerLink:
 
     def report(self, item: object) -> None:
         """Tell the leader something."""
-        self._socket.send(pack(item))
+        self.socket.send(pack(item))
 
     def close(self) -> None:
-        self._socket.close(linger=0)
+        self.socket.close(linger=0)
 
 
 def _family(address: str) -> socket.AddressFamily:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+from splitserve.cluster.channel import Socket
 from splitserve.cluster.codec import message
 from splitserve.cluster.errors import ProtocolError
 from splitserve.engine.batch import Batch
@@ -58,6 +59,10 @@ class RankService(Protocol):
 
     handlers: Handlers
 
+    @property
+    def sockets(self) -> list[Socket]:
+        """Those that `poll` reads."""
+
     def poll(self) -> list[object]:
         """Reports for the leader since the last call; also the service's chance to make progress."""
 
@@ -80,12 +85,18 @@ class Rank:
             raise ProtocolError(f"this rank has no command {type(command).__name__}")
         return handler(command)
 
+    @property
+    def sockets(self) -> list[Socket]:
+        return [socket for service in self._services for socket in service.sockets]
+
     def poll(self) -> list[object]:
         return [report for service in self._services for report in service.poll()]
 
 
 class ParkingService:
     """Preempted KV in host memory."""
+
+    sockets: ClassVar[list[Socket]] = []
 
     def __init__(self, runner: ModelRunner, host_tier: HostTier) -> None:
         cache = runner.cache
@@ -112,6 +123,11 @@ class Ranks:
         if self._link is not None:
             self._link.send(command)
         return self._local.execute(command)
+
+    @property
+    def sockets(self) -> list[Socket]:
+        """Those that `poll` reads."""
+        return self._local.sockets if self._link is None else [*self._local.sockets, self._link.socket]
 
     def poll(self) -> list[tuple[int, object]]:
         """Reports as (rank, report)."""

@@ -8,15 +8,12 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-import zmq
-
-from splitserve.cluster.channel import WorkerChannel
+from splitserve.cluster.channel import Socket, WorkerChannel, wait
 from splitserve.cluster.messages import EngineStats, Heartbeat
 
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_MS = 50
-TRANSFER_WAIT_MS = 1
 STATS_INTERVAL_S = 0.5
 
 Send = Callable[[bytes, object], None]
@@ -30,8 +27,8 @@ class Engine(Protocol):
         """Do some work; False when there was none."""
 
     @property
-    def transferring(self) -> bool:
-        """Whether KV is on its way, so that the loop should look again soon."""
+    def sockets(self) -> list[Socket]:
+        """Where news for `step` comes from."""
 
     def forget(self, router: bytes) -> None:
         """Free everything of a router whose lease has ended."""
@@ -44,8 +41,6 @@ class Engine(Protocol):
 
 def serve(engine: Engine, channel: WorkerChannel, stop: threading.Event, lease_s: float) -> None:
     """Serve until `stop` is set. A router that is silent for `lease_s` loses its requests."""
-    poller = zmq.Poller()
-    poller.register(channel.socket, zmq.POLLIN)
     leases = RouterLeases(lease_s)
     next_round = time.monotonic() + STATS_INTERVAL_S
     while not stop.is_set():
@@ -66,7 +61,7 @@ def serve(engine: Engine, channel: WorkerChannel, stop: threading.Event, lease_s
             for router in leases.routers:
                 channel.send(router, engine.stats())
         if not engine.step():
-            poller.poll(TRANSFER_WAIT_MS if engine.transferring else IDLE_WAIT_MS)
+            wait([channel.socket, *engine.sockets], IDLE_WAIT_MS)
 
 
 class RouterLeases:

@@ -8,9 +8,11 @@ import random
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
+from splitserve.cluster.channel import Socket
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.messages import RankEndpoint
 from splitserve.kv_transfer.transport import Arrival
@@ -82,6 +84,8 @@ class MemoryNetwork:
 
 
 class MemorySender:
+    sockets: ClassVar[list[Socket]] = []
+
     def __init__(self, network: MemoryNetwork, address: str) -> None:
         self._network, self._address = network, address
 
@@ -105,6 +109,8 @@ class MemorySender:
 
 
 class MemoryReceiver:
+    sockets: ClassVar[list[Socket]] = []
+
     def __init__(self, network: MemoryNetwork, address: str, staging_bytes: int) -> None:
         self._network, self._address = network, address
         network.staging[address] = torch.zeros(staging_bytes, dtype=torch.uint8)

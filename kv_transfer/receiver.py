@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from splitserve.cluster.channel import Socket
 from splitserve.cluster.errors import ProtocolError, TransferFailed
 from splitserve.engine.kv_cache import KvCache
 from splitserve.kv_transfer.checksum import checksum
@@ -60,6 +61,11 @@ class KvReceiver:
         self._events: list[ReceiverEvent] = []
         self._newest_epoch = 0
         self.rejected = 0
+
+    @property
+    def sockets(self) -> list[Socket]:
+        """Where frames come in."""
+        return self._transport.sockets
 
     @property
     def resident(self) -> dict[str, TransferState]:

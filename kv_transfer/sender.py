@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from splitserve.cluster.channel import Socket
 from splitserve.cluster.errors import ProtocolError, TransferFailed
 from splitserve.cluster.messages import HandOff, RankEndpoint, Ticket
 from splitserve.engine.kv_cache import KvCache
@@ -47,6 +48,11 @@ class KvSender:
         self._outgoing: dict[str, Outgoing] = {}
         self._events: list[SenderEvent] = []
         self.rejected = 0
+
+    @property
+    def sockets(self) -> list[Socket]:
+        """Where acknowledgements come in."""
+        return self._transport.sockets
 
     @property
     def active(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from splitserve.cluster.channel import Socket
 from splitserve.cluster.errors import InsufficientResources, TransferFailed
 from splitserve.cluster.messages import RankEndpoint
 from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender
@@ -79,6 +80,10 @@ class ShmReceiver:
     def receive(self, limit: int) -> list[Arrival]:
         return self._control.receive(limit)
 
+    @property
+    def sockets(self) -> list[Socket]:
+        return self._control.sockets
+
     def take(self, arrival: Arrival, offset: int, size: int) -> torch.Tensor:
         if arrival.payload is not None:
             return self._control.take(arrival, offset, size)
@@ -122,6 +127,10 @@ class HostSender:
 
     def receive(self) -> list[bytes]:
         return self._control.receive()
+
+    @property
+    def sockets(self) -> list[Socket]:
+        return self._control.sockets
 
     def close(self) -> None:
         self._control.close()

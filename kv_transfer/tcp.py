@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import zmq
 
-from splitserve.cluster.channel import CurveKeys, bind, secure
+from splitserve.cluster.channel import CurveKeys, Socket, bind, secure
 from splitserve.cluster.errors import StartupError, TransferFailed
 from splitserve.cluster.messages import RankEndpoint
 from splitserve.kv_transfer.staging import FRAME_BYTES
@@ -31,9 +31,9 @@ class TcpReceiver:
     """
 
     def __init__(self, bind_address: str, keys: CurveKeys | None = None) -> None:
-        self.socket = _socket(zmq.ROUTER, keys, server=True)
+        self._socket = _socket(zmq.ROUTER, keys, server=True)
         try:
-            self.endpoint = bind(self.socket, bind_address)
+            self.endpoint = bind(self._socket, bind_address)
         except StartupError:
             self.close()
             raise
@@ -42,9 +42,13 @@ class TcpReceiver:
         arrivals: list[Arrival] = []
         with contextlib.suppress(zmq.Again):
             while len(arrivals) < limit:
-                peer, header, *payload = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                peer, header, *payload = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
                 arrivals.append(Arrival(peer.bytes, header.bytes, payload[0].buffer if payload else None))
         return arrivals
+
+    @property
+    def sockets(self) -> list[Socket]:
+        return [self._socket]
 
     def take(self, arrival: Arrival, offset: int, size: int) -> torch.Tensor:
         found = 0 if arrival.payload is None else len(arrival.payload)
@@ -53,15 +57,15 @@ class TcpReceiver:
         return torch.from_numpy(np.frombuffer(arrival.payload, dtype=np.uint8))
 
     def send(self, peer: bytes, header: bytes) -> None:
-        _send(self.socket, [peer, header])
+        _send(self._socket, [peer, header])
 
     def close(self) -> None:
-        self.socket.close(linger=0)
+        self._socket.close(linger=0)
 
 
 @dataclass
 class _Link:
-    socket: zmq.Socket[Any]
+    socket: Socket
     used_at: float
 
 
@@ -93,8 +97,7 @@ class TcpSender:
         return headers
 
     @property
-    def sockets(self) -> list[zmq.Socket[Any]]:
-        """For a poller that waits for acknowledgements."""
+    def sockets(self) -> list[Socket]:
         return [link.socket for link in self._links.values()]
 
     def close(self) -> None:
@@ -103,14 +106,14 @@ class TcpSender:
             link.socket.close(linger=100)
         self._links.clear()
 
-    def _link(self, address: str) -> zmq.Socket[Any]:
+    def _link(self, address: str) -> Socket:
         link = self._links.get(address)
         if link is None:
             link = self._links[address] = _Link(self._connected(address), self._clock())
         link.used_at = self._clock()
         return link.socket
 
-    def _connected(self, address: str) -> zmq.Socket[Any]:
+    def _connected(self, address: str) -> Socket:
         socket = _socket(zmq.DEALER, self._keys, server=False)
         try:
             socket.connect(address)
@@ -120,8 +123,8 @@ class TcpSender:
         return socket
 
 
-def _socket(kind: int, keys: CurveKeys | None, *, server: bool) -> zmq.Socket[Any]:
-    socket: zmq.Socket[Any] = zmq.Context.instance().socket(kind)
+def _socket(kind: int, keys: CurveKeys | None, *, server: bool) -> Socket:
+    socket: Socket = zmq.Context.instance().socket(kind)
     secure(socket, keys, server=server)
     # Payloads queue here, so bounds are tighter than for other messages. What does not fit is lost, and sent again.
     socket.setsockopt(zmq.MAXMSGSIZE, 2 * FRAME_BYTES)
@@ -130,6 +133,6 @@ def _socket(kind: int, keys: CurveKeys | None, *, server: bool) -> zmq.Socket[An
     return socket
 
 
-def _send(socket: zmq.Socket[Any], parts: list[Any]) -> None:
+def _send(socket: Socket, parts: list[Any]) -> None:
     with contextlib.suppress(zmq.Again):
         socket.send_multipart(parts, zmq.NOBLOCK, copy=False)

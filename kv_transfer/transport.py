@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from splitserve.cluster.channel import Socket
 from splitserve.cluster.messages import RankEndpoint
 
 
@@ -39,12 +40,20 @@ class SenderTransport(Protocol):
     def receive(self) -> list[bytes]:
         """Sealed replies that have come."""
 
+    @property
+    def sockets(self) -> list[Socket]:
+        """Those that `receive` reads, for whoever waits for news."""
+
     def close(self) -> None: ...
 
 
 class ReceiverTransport(Protocol):
     def receive(self, limit: int) -> list[Arrival]:
         """Up to `limit` messages that have come."""
+
+    @property
+    def sockets(self) -> list[Socket]:
+        """Those that `receive` reads, for whoever waits for news."""
 
     def take(self, arrival: Arrival, offset: int, size: int) -> torch.Tensor:
         """The arrival's payload, uint8 [size] in host memory that no peer can write; valid until the next call.

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from splitserve.cluster.channel import Socket
 from splitserve.cluster.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -112,8 +113,8 @@ class PrefillEngine:
         return True
 
     @property
-    def transferring(self) -> bool:
-        return bool(self._sending)
+    def sockets(self) -> list[Socket]:
+        return self._ranks.sockets
 
     def forget(self, router: bytes) -> None:
         for request in self._requests():

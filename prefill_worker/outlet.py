@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from splitserve.cluster.channel import Socket
 from splitserve.cluster.codec import message
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.messages import HandOff, Prefill, Ticket
@@ -119,6 +120,10 @@ class SendService:
             FinishSend: lambda command: sender.finish(command.transfer_id, command.hand_off),
             AbortSend: lambda command: sender.abort(command.transfer_id, command.reason),
         }
+
+    @property
+    def sockets(self) -> list[Socket]:
+        return self._sender.sockets
 
     def poll(self) -> list[object]:
         self._pump()

@@ -118,9 +118,10 @@ class InProcessCluster:
         busy = True
         while busy:
             self.step()
-            busy = any(engine.transferring or engine.stats().running for engine in self.engines)
+            busy = any(engine.stats().waiting or engine.stats().running for engine in self.engines)
             busy = busy or (self.settings.split and self.staging.granted_bytes > 0)
             assert time.monotonic() < deadline, "transfers did not end"
+        self.step()
 
     def step(self) -> None:
         retry, self._retry = self._retry, []

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -272,6 +272,11 @@ def test_oversized_messages_and_strangers_do_no_harm(open_ends: ExitStack) -> No
         port = int(decode.endpoint.address.rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port)) as raw:
             raw.sendall(os.urandom(4096))
+            raw.shutdown(socket.SHUT_WR)
+            # Until it hangs up: libzmq aborts the process where its first protocol meets a socket that is closing.
+            with suppress(ConnectionError):
+                while raw.recv(4096):
+                    pass
         deadline = time.monotonic() + 10
         while decode.receiver.rejected < 2 and time.monotonic() < deadline:
             assert decode.receiver.poll() == []
