@@ -1,12 +1,15 @@
 """How fast KV moves between two processes of one host, over shared memory and over TCP.
 
 A prefill rank in a child process sends all layers of prompts to a decode rank in this one; a copy of as many bytes
-within one process is the peer. Needs two cores. Run: python -m benchmarks.kv_host
+within one process is the peer. Both have a worker's allocator settings. Needs two cores.
+
+    python -m benchmarks.kv_host
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -19,6 +22,7 @@ from benchmarks.rows import Figure, Row, write
 from splitserve.cluster.codec import pack, unpack
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import HandOff, RankEndpoint, Ticket
+from splitserve.deploy.running_unit import ALLOCATOR
 from splitserve.engine.kv_cache import KvCache
 from splitserve.kv_transfer.protocol import Freed, Incoming, ReceiveFailed, Verified
 from splitserve.kv_transfer.receiver import KvReceiver
@@ -38,6 +42,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=10)
     repeats = parser.parse_args().repeats
+    if not ALLOCATOR.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.kv_host", *sys.argv[1:]], os.environ | ALLOCATOR)
     for shape, layout in SHAPES.items():
         copied = copy_speed(layout, repeats)
         for transport in ("shm", "tcp"):

@@ -34,6 +34,9 @@ CALLS_AT_ONCE = 4
 # Rounds that an idle OpenMP thread spins before it sleeps, some 10 microseconds. By default it spins on and on, which
 # takes the cores from other processes: two ranks of 2 threads each on 2 cores then run 10 to 100 times slower.
 BRIEF_SPIN = "1000"
+# glibc gives large blocks back to the kernel; a prefill step that takes them anew spends a fifth of its time on page
+# faults, in some processes and not in others. These keep them.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20)}
 
 Actor = Any  # an ActorHandle; Ray cannot type the methods of ours
 
@@ -217,7 +220,9 @@ def environment(topology: Topology, unit: Unit, host_cpus: int) -> dict[str, str
         "MKL_CBWR": "AVX2",
         "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
         "TOKENIZERS_PARALLELISM": "false",
-    } | ({"GOMP_SPINCOUNT": BRIEF_SPIN} if crowded else {})
+        **ALLOCATOR,
+        **({"GOMP_SPINCOUNT": BRIEF_SPIN} if crowded else {}),
+    }
 
 
 def _cpu_threads(topology: Topology) -> int:
