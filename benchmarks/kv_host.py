@@ -1,7 +1,7 @@
 """How fast KV moves between two processes of one host, over shared memory and over TCP.
 
 A prefill rank in a child process sends all layers of prompts to a decode rank in this one; a copy of as many bytes
-within one process is the peer. Both have a worker's allocator settings. Needs two cores.
+within one process is the peer. Both have a worker's environment. Needs two cores.
 
     python -m benchmarks.kv_host
 """
@@ -36,33 +36,23 @@ SHAPES = {
     "Llama-3.1-8B bfloat16": KvLayout(1, 32, 2, 8, 128, 16, "bfloat16"),
 }
 TOKENS, WINDOW_BYTES, LEASE_S = 1024, 16 << 20, 30.0
+ENVIRONMENT = {**ALLOCATOR, "OMP_NUM_THREADS": "1"}  # of a worker with one thread
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=10)
     repeats = parser.parse_args().repeats
-    if not ALLOCATOR.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.kv_host", *sys.argv[1:]], os.environ | ALLOCATOR)
+    if not ENVIRONMENT.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.kv_host", *sys.argv[1:]], os.environ | ENVIRONMENT)
     for shape, layout in SHAPES.items():
         copied = copy_speed(layout, repeats)
         for transport in ("shm", "tcp"):
-            speeds = transfer_speeds(layout, transport, repeats)
-            figure = Figure.of(speeds)
-            write(
-                [
-                    Row(
-                        "kv_host",
-                        f"{shape}, {TOKENS} tokens, {transport}",
-                        "throughput",
-                        "GB/s",
-                        figure,
-                        "copy",
-                        copied,
-                        "higher",
-                    )
-                ]
+            case, speed = (
+                f"{shape}, {TOKENS} tokens, {transport}",
+                Figure.of(transfer_speeds(layout, transport, repeats)),
             )
+            write([Row("kv_host", case, "throughput", "GB/s", speed, "copy", copied, "higher")])
 
 
 def copy_speed(layout: KvLayout, repeats: int) -> float:
@@ -158,5 +148,4 @@ def pages(layout: KvLayout) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()
