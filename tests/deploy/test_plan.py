@@ -82,11 +82,11 @@ def test_cpu_demo() -> None:
     prefill, decode = plan.pools
     assert prefill.weight_bytes == decode.weight_bytes == 4 * 134_515_008
     assert prefill.kv_layout.bytes_per_token == 46_080
-    assert (prefill.pages, prefill.kv_tokens, prefill.kv_bytes) == (182, 182 * 64, 182 * 64 * 46_080)
+    assert (prefill.pages, prefill.kv_tokens, prefill.kv_bytes) == (136, 136 * 64, 136 * 64 * 46_080)
     assert [(link.prefill, link.decode, link.transport) for link in plan.links] == [
         ("prefill/0/0", "decode/0/0", "shm")
     ]
-    assert (plan.cpus, plan.gpus, plan.hosts) == (5, 0, 1)
+    assert (plan.cpus, plan.gpus, plan.hosts) == (4, 0, 1)
 
 
 def test_three_ranks_hold_three_times_the_tokens(tmp_path: Path) -> None:
