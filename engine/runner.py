@@ -8,13 +8,13 @@ import torch
 
 from splitserve.engine.batch import Batch, to_tensors
 from splitserve.engine.kv_cache import KvCache
-from splitserve.models.llama import LlamaModel
+from splitserve.models.decoder import Decoder
 
 
 class ModelRunner:
     """One rank's model over its pages in `cache`."""
 
-    def __init__(self, model: LlamaModel, cache: KvCache, device: torch.device) -> None:
+    def __init__(self, model: Decoder, cache: KvCache, device: torch.device) -> None:
         self.cache = cache
         self._model = model
         self._device = device

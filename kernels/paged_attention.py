@@ -88,29 +88,49 @@ class AttentionMetadata:
             self._plans[key] = _make_plan(self, num_tokens, heads)
         return self._plans[key]
 
+    def attend(
+        self, q: torch.Tensor, cache_layer: torch.Tensor, scale: float, value_dim: int | None = None
+    ) -> torch.Tensor:
+        """`paged_attention` over these sequences."""
+        return paged_attention(q, cache_layer, self, scale, value_dim)
+
+    def live_rows(self, rows: int) -> torch.Tensor:
+        """How many of a layer's `rows` count, int32 [1]: all of them."""
+        return self.query_lens.new_tensor([rows], dtype=torch.int32)
+
 
 def paged_attention(
-    q: torch.Tensor, cache_layer: torch.Tensor, metadata: AttentionMetadata, scale: float
+    q: torch.Tensor,
+    cache_layer: torch.Tensor,
+    metadata: AttentionMetadata,
+    scale: float,
+    value_dim: int | None = None,
 ) -> torch.Tensor:
-    """Attend from `q` [tokens, heads, dim] over `cache_layer` [2, pages, kv_heads, page_size, dim].
+    """Attend from `q` [tokens, heads, dim] over `cache_layer` [planes, pages, kv_heads, page_size, dim].
+
+    Keys are plane 0 and values plane 1; with `value_dim`, values are the first `value_dim` numbers of the keys.
 
     Queries are packed in the order of `metadata`'s sequences; rows after the last are padding, whose result means
-    nothing. Query head h reads KV head h * kv_heads // heads. Returns [tokens, heads, dim] in q's dtype; computed in
-    float32.
+    nothing. Query head h reads KV head h * kv_heads // heads. Returns [tokens, heads, dim or value_dim] in q's dtype;
+    computed in float32.
     """
     tokens, heads, dim = q.shape
     plan = metadata.plan(tokens, Heads(heads, cache_layer.shape[2], cache_layer.shape[3]))
     rows = (q.float() * scale).view(-1, dim)
-    keys, values = cache_layer.view(2, -1, dim)
-    attended = torch.cat([_attend(rows, keys, values, tiles) for tiles in plan.tiles])
-    return attended.index_select(0, plan.output).view(q.shape).to(q.dtype)
+    planes = cache_layer.view(len(cache_layer), -1, dim)
+    attended = torch.cat([_attend(rows, planes, tiles, value_dim or dim) for tiles in plan.tiles])
+    return attended.index_select(0, plan.output).view(tokens, heads, -1).to(q.dtype)
 
 
-def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: TilePlan) -> torch.Tensor:
-    """Attention over one plan, all tensors [rows, dim]; returns [blocks * kv heads * gemm_rows, dim]."""
+def _attend(queries: torch.Tensor, planes: torch.Tensor, plan: TilePlan, value_dim: int) -> torch.Tensor:
+    """Attention over one plan of `queries` [rows, dim] to `planes` [planes, rows, dim].
+
+    Returns [blocks * kv heads * gemm_rows, value_dim].
+    """
     items, dim, rows = len(plan.items), queries.shape[-1], plan.gemm_rows
     item_queries = torch.embedding(queries, plan.queries).view(-1, rows, dim)
-    scores = torch.bmm(item_queries, _gather(keys, plan.keys).transpose(1, 2))
+    item_keys = _gather(planes[0], plan.keys)
+    scores = torch.bmm(item_queries, item_keys.transpose(1, 2))
     scores.view(items, -1, plan.bias.shape[2], rows // plan.bias.shape[2], TILE).add_(plan.bias)
 
     by_item = scores.view(items, -1, TILE)
@@ -118,12 +138,12 @@ def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, pla
     weights = by_item.sub_(maxima.index_select(0, plan.item_block).unsqueeze(-1)).exp_()
     totals = _sum_in_order(weights.sum(-1), plan)
 
-    item_values = _gather(values, plan.keys)
-    if dim < MIN_GEMM_COLUMNS:
-        item_values = F.pad(item_values, (0, MIN_GEMM_COLUMNS - dim))
+    item_values = _gather(planes[1], plan.keys) if len(planes) == 2 else item_keys[..., :value_dim]
+    if value_dim < MIN_GEMM_COLUMNS:
+        item_values = F.pad(item_values, (0, MIN_GEMM_COLUMNS - value_dim))
     mixed = torch.bmm(weights.view(-1, rows, TILE), item_values)
     sums = _sum_in_order(mixed.view(items, -1), plan).view(-1, mixed.shape[-1])
-    return sums[:, :dim] / totals.view(-1, 1)
+    return sums[:, :value_dim] / totals.view(-1, 1)
 
 
 def _gather(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -71,7 +71,10 @@ class MlaConfig:
 
 @dataclass(frozen=True)
 class MoeConfig:
-    """Mixture of experts in every layer from `first_k_dense` on; each expert is `intermediate_size` wide."""
+    """Mixture of experts in every layer from `first_k_dense` on; each expert is `intermediate_size` wide.
+
+    `scoring` to `routed_scaling_factor` are the fields of `kernels.moe_routing.Routing`.
+    """
 
     num_experts: int
     num_shared_experts: int
@@ -79,6 +82,11 @@ class MoeConfig:
     intermediate_size: int
     first_k_dense: int
     router_bias: bool
+    scoring: Literal["softmax", "sigmoid"]
+    num_groups: int
+    top_groups: int
+    normalise: bool
+    routed_scaling_factor: float
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,11 @@ class ModelConfig:
     mla: MlaConfig | None = None
     moe: MoeConfig | None = None
     fp8_block: tuple[int, int] | None = None
+
+    @property
+    def rotary_dim(self) -> int:
+        """Width of what the rotary embedding turns."""
+        return self.mla.qk_rope_head_dim if self.mla else self.head_dim
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
@@ -148,7 +161,7 @@ class ModelConfig:
             bos_token_id=keys.integer("bos_token_id", minimum=0) if keys.has("bos_token_id") else None,
             dtype=_dtype(keys),
             mla=mla,
-            moe=_moe(keys) if mla else None,
+            moe=_moe(keys, architecture) if mla else None,
             fp8_block=_fp8_block(keys) if mla else None,
         )
         if config.num_heads % config.num_kv_heads:
@@ -322,18 +335,43 @@ def _mla(keys: _Keys) -> MlaConfig:
     )
 
 
-def _moe(keys: _Keys) -> MoeConfig:
+def _moe(keys: _Keys, architecture: str) -> MoeConfig:
+    is_v3 = architecture == "DeepseekV3ForCausalLM"
+    methods = ("noaux_tc",) if is_v3 else ("greedy", "group_limited_greedy")
+    method = keys.raw.get("topk_method") or methods[0]
+    if method not in methods:
+        raise keys.error("topk_method", f"expected {' or '.join(methods)}")
+    grouped = method != "greedy"
     moe = MoeConfig(
         num_experts=keys.integer("n_routed_experts"),
         num_shared_experts=keys.integer("n_shared_experts", 0, minimum=0),
         top_k=keys.integer("num_experts_per_tok"),
         intermediate_size=keys.integer("moe_intermediate_size"),
         first_k_dense=keys.integer("first_k_dense_replace", 0, minimum=0),
-        router_bias=keys.raw.get("topk_method") == "noaux_tc",
+        router_bias=is_v3,
+        scoring="sigmoid" if is_v3 else "softmax",
+        num_groups=keys.integer("n_group") if grouped else 1,
+        top_groups=keys.integer("topk_group") if grouped else 1,
+        normalise=keys.boolean("norm_topk_prob", is_v3),
+        routed_scaling_factor=keys.number("routed_scaling_factor", 1.0),
     )
-    if moe.top_k > moe.num_experts:
-        raise keys.error("num_experts_per_tok", f"expected at most the {moe.num_experts} routed experts")
+    _check_routing(keys, moe)
     return moe
+
+
+def _check_routing(keys: _Keys, moe: MoeConfig) -> None:
+    if keys.has("scoring_func") and keys.raw["scoring_func"] != moe.scoring:
+        raise keys.error("scoring_func", f"only {moe.scoring!r} is supported with this architecture")
+    if moe.normalise and moe.scoring == "softmax":
+        raise keys.error("norm_topk_prob", "only false is supported with this architecture")
+    if moe.num_experts % moe.num_groups:
+        raise keys.error("n_group", f"expected a divisor of the {moe.num_experts} routed experts")
+    if moe.top_groups > moe.num_groups:
+        raise keys.error("topk_group", f"expected at most the {moe.num_groups} groups")
+    if moe.top_k > moe.num_experts // moe.num_groups * moe.top_groups:
+        raise keys.error(
+            "num_experts_per_tok", f"expected at most the {moe.num_experts} routed experts that can be chosen"
+        )
 
 
 def _fp8_block(keys: _Keys) -> tuple[int, int] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -12,6 +12,7 @@ UPCAST_ROWS = 4
 UPCAST_ELEMENTS = 1 << 20
 
 NewTensor = Callable[..., torch.Tensor]
+NamedTensors = Iterator[tuple[str, torch.Tensor]]
 
 
 class TensorParallel(Protocol):
@@ -105,6 +106,22 @@ class RowParallelLinear(Linear):
         return total if self.bias is None else total.add_(self.bias)
 
 
+class HeadwiseLinear:
+    """A product of its own for each head. `weight` [heads, out, in] is packed here."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._packed = [pack(head) for head in weight] if weight.is_cpu else None
+        self._weight = weight.transpose(1, 2)
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """`x` [tokens, heads, in] into `out` [tokens, heads, out], which may be part of wider heads."""
+        if self._packed is None:
+            torch.bmm(x.transpose(0, 1), self._weight, out=out.transpose(0, 1))
+            return
+        for head, weight in enumerate(self._packed):
+            out[:, head] = linear(x[:, head], weight)
+
+
 class VocabParallelEmbedding:
     """Rows of the vocabulary cut over ranks, padded to a multiple of them."""
 
@@ -136,3 +153,18 @@ class VocabParallelHead:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [rows, hidden] -> scores [rows, vocab], float32, on every rank."""
         return self._tp.all_gather(linear(hidden, self.weight), -1)[:, : self._vocab_size].float()
+
+
+def prefixed(prefix: str, weights: NamedTensors) -> NamedTensors:
+    for name, tensor in weights:
+        yield f"{prefix}.{name}", tensor
+
+
+def parts(names: Sequence[str], fused: Linear, widths: list[int] | None = None) -> NamedTensors:
+    """Weights and biases of the projections `names`, whose `widths` of output rows are fused into one."""
+    widths = widths or [len(fused.weight)]
+    for name, part in zip(names, torch.split(fused.weight, widths), strict=True):
+        yield f"{name}.weight", part
+    if fused.bias is not None:
+        for name, part in zip(names, torch.split(fused.bias, widths), strict=True):
+            yield f"{name}.bias", part

@@ -12,7 +12,8 @@ from splitserve.models.config import ModelConfig
 from splitserve.models.gguf_convert import convert_gguf
 
 SMOLLM2 = "smollm2-135m-instruct"
-CONFIG_ONLY = {"deepseek-v3": Path(__file__).parent / "configs" / "deepseek-v3.json"}
+CONFIGS = Path(__file__).parent / "configs"
+CONFIG_ONLY = {name: CONFIGS / f"{name}.json" for name in ("deepseek-v3", "deepseek-v2-lite")}
 
 
 def resolve_model(path_or_name: str) -> Path:

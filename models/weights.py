@@ -12,10 +12,9 @@ import torch
 from splitserve.cluster.errors import ModelLoadError
 from splitserve.models.checkpoint import Checkpoint
 from splitserve.models.config import ModelConfig
+from splitserve.models.decoder import Decoder
 from splitserve.models.layers import TensorParallel
-from splitserve.models.llama import LlamaModel
 from splitserve.models.parameters import Parameter, Shard, parameters
-from splitserve.models.registry import DECODERS
 
 DUMMY_STD = 0.02
 
@@ -32,15 +31,15 @@ def load_model(
     load_format: Literal["auto", "dummy"],
     max_positions: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> LlamaModel:
+) -> Decoder:
     """Build the model of `config` on `device` in `dtype` with weights from `folder`, or made up (`dummy`).
 
     `max_positions` is the longest context that will be run, by default the model's own. `progress(done, total)` is
     called after each of the weights. Raises ModelLoadError naming the file or the tensor.
     """
-    if config.architecture not in DECODERS:
-        raise ModelLoadError(f"{config.architecture} can be planned but not run yet; runnable: {', '.join(DECODERS)}")
-    model = DECODERS[config.architecture](config, tp, dtype, device, max_positions or config.max_position_embeddings)
+    if config.fp8_block:
+        raise ModelLoadError("quantization_config: fp8 weights can be planned but not run yet; use bfloat16 ones")
+    model = Decoder(config, tp, dtype, device, max_positions or config.max_position_embeddings)
     if load_format == "dummy":
         fill_weights(model, config, tp, fill_dummy, progress)
     else:
@@ -51,7 +50,7 @@ def load_model(
 
 
 def fill_weights(
-    model: LlamaModel,
+    model: Decoder,
     config: ModelConfig,
     tp: TensorParallel,
     fill: Fill,
@@ -72,7 +71,12 @@ def fill_from(checkpoint: Checkpoint) -> Fill:
     """Fill from files; nothing beyond the part itself is read."""
 
     def fill(parameter: Parameter, part: torch.Tensor, dim: int, start: int) -> None:
-        part.copy_(checkpoint.read(parameter.name, parameter.shape, dim, start, start + part.shape[dim]))
+        if parameter.shard is not Shard.EXPERTS:
+            part.copy_(checkpoint.read(parameter.name, parameter.shape, dim, start, start + part.shape[dim]))
+            return
+        for expert, weight in enumerate(part, start):
+            name = parameter.name.replace(".experts.", f".experts.{expert}.")
+            weight.copy_(checkpoint.read(name, parameter.shape[1:], 0, 0, parameter.shape[1]))
 
     return fill
 
@@ -102,7 +106,7 @@ def shard_range(parameter: Parameter, config: ModelConfig, rank: int, size: int)
             except ValueError as error:
                 raise ModelLoadError(f"{parameter.name}: {error}") from error
             return 0, heads.start * config.head_dim, heads.stop * config.head_dim
-        case Shard.ROWS | Shard.COLUMNS as shard:
+        case Shard.ROWS | Shard.COLUMNS | Shard.EXPERTS as shard:
             dim = 1 if shard is Shard.COLUMNS else 0
             width, rest = divmod(parameter.shape[dim], size)
             if rest:

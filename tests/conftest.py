@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 # Before torch loads, as in every worker: bits must not depend on neighbours. Tiny models gain nothing from threads.
 os.environ["MKL_CBWR"] = "AVX2"
 os.environ["OMP_NUM_THREADS"] = "1"
+if shutil.which("nvidia-smi") is None:
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton loads: kernels run on the CPU, slowly
 
 from pathlib import Path
 

@@ -10,6 +10,7 @@ import pytest
 
 from splitserve.cluster.sampling import SamplingParams
 from tests.engines import Answer, InProcessCluster, Settings
+from tests.tiny_model import write_tiny_model, write_tiny_moe
 
 GREEDY = SamplingParams(max_tokens=24, ignore_eos=True, logprobs=3)
 SAMPLED = replace(GREEDY, temperature=0.9, top_p=0.95, top_k=50, seed=7)
@@ -22,12 +23,18 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(3, 300), k=length)
 
 
+@pytest.fixture(scope="module", params=["dense", "latent-moe"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    write = write_tiny_model if request.param == "dense" else write_tiny_moe
+    return write(tmp_path_factory.mktemp(request.param))
+
+
 @pytest.fixture(scope="module")
-def reference(tiny_model: Path) -> dict[str, Answer]:
+def reference(model: Path) -> dict[str, Answer]:
     """Each kind of request alone in a colocated engine that takes the prompt in one chunk."""
     answers = {}
     for name, params in PARAMS.items():
-        cluster = InProcessCluster(tiny_model, Settings(split=False, chunk_tokens=512, prefix_cache=False))
+        cluster = InProcessCluster(model, Settings(split=False, chunk_tokens=512, prefix_cache=False))
         cluster.ask(name, prompt(150), params)
         answers[name] = cluster.run()[name]
     return answers
@@ -41,19 +48,19 @@ def assert_same(answer: Answer, expected: Answer) -> None:
 @pytest.mark.parametrize("split", [True, False], ids=["split", "colocated"])
 @pytest.mark.parametrize("chunk_tokens", [16, 64, 512])
 @pytest.mark.parametrize("page_size", [16, 64])
-def test_alone(tiny_model: Path, reference: dict[str, Answer], split: bool, chunk_tokens: int, page_size: int) -> None:
+def test_alone(model: Path, reference: dict[str, Answer], split: bool, chunk_tokens: int, page_size: int) -> None:
     settings = Settings(split=split, chunk_tokens=chunk_tokens, page_size=page_size)
     for name, params in PARAMS.items():
-        cluster = InProcessCluster(tiny_model, settings)
+        cluster = InProcessCluster(model, settings)
         cluster.ask(name, prompt(150), params)
         assert_same(cluster.run()[name], reference[name])
 
 
 @pytest.mark.parametrize("split", [True, False], ids=["split", "colocated"])
 @pytest.mark.parametrize("seed", range(3))
-def test_among_30_neighbours(tiny_model: Path, reference: dict[str, Answer], split: bool, seed: int) -> None:
+def test_among_30_neighbours(model: Path, reference: dict[str, Answer], split: bool, seed: int) -> None:
     dice = random.Random(seed)
-    cluster = InProcessCluster(tiny_model, Settings(split=split, chunk_tokens=96))
+    cluster = InProcessCluster(model, Settings(split=split, chunk_tokens=96))
     names = list(PARAMS)
     for index in range(30):
         if index % 8 == 3 and names:
@@ -70,8 +77,8 @@ def test_among_30_neighbours(tiny_model: Path, reference: dict[str, Answer], spl
 
 
 @pytest.mark.parametrize("split", [True, False], ids=["split", "colocated"])
-def test_with_a_prefix_hit(tiny_model: Path, reference: dict[str, Answer], split: bool) -> None:
-    cluster = InProcessCluster(tiny_model, Settings(split=split))
+def test_with_a_prefix_hit(model: Path, reference: dict[str, Answer], split: bool) -> None:
+    cluster = InProcessCluster(model, Settings(split=split))
     cluster.ask("warm", prompt(150)[:130] + prompt(20, seed=9), GREEDY)
     cluster.run()
     for name, params in PARAMS.items():
@@ -83,11 +90,11 @@ def test_with_a_prefix_hit(tiny_model: Path, reference: dict[str, Answer], split
 
 
 @pytest.mark.parametrize("split", [True, False], ids=["split", "colocated"])
-def test_preempted_sequences_lose_nothing(tiny_model: Path, split: bool) -> None:
+def test_preempted_sequences_lose_nothing(model: Path, split: bool) -> None:
     """More sequences than pages: some are parked in host memory and come back, with the tokens they would have had."""
     params = {f"request {index}": replace(SAMPLED, seed=index, max_tokens=100) for index in range(8)}
-    roomy = InProcessCluster(tiny_model, Settings(split=split))
-    tight = InProcessCluster(tiny_model, Settings(split=split, pages=33))
+    roomy = InProcessCluster(model, Settings(split=split))
+    tight = InProcessCluster(model, Settings(split=split, pages=33))
     for name, request in params.items():
         for cluster in (roomy, tight):
             cluster.ask(name, prompt(40, seed=request.seed), request)

@@ -68,7 +68,7 @@ class Pages:
         """Write and attend (text, start, stop) spans as one batch; the result of each."""
         chunks = [self._span(*span) for span in spans]
         slots = torch.cat([self._slots(*span) for span in spans])
-        write_kv(self.layer, torch.cat([c.k for c in chunks]), torch.cat([c.v for c in chunks]), slots)
+        write_kv(self.layer, (torch.cat([c.k for c in chunks]), torch.cat([c.v for c in chunks])), slots)
         q = torch.cat([chunk.q for chunk in chunks] + [chunks[0].q[:1]] * padding)
         metadata = AttentionMetadata(
             query_lens=torch.tensor([stop - start for _, start, stop in spans]),

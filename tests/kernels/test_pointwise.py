@@ -80,7 +80,7 @@ def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones() -> None:
 def test_write_kv_reaches_its_slots_alone() -> None:
     layer = torch.full((2, 5, 3, 16, 8), -1.0)
     k, v = random(0, 4, 3, 8), random(1, 4, 3, 8)
-    write_kv(layer, k, v, torch.tensor([3 * 16 + 5, -1, 0, 79]))
+    write_kv(layer, (k, v), torch.tensor([3 * 16 + 5, -1, 0, 79]))
     for token, page, offset in ((0, 3, 5), (2, 0, 0), (3, 4, 15)):
         assert torch.equal(layer[:, page, :, offset], torch.stack((k[token], v[token])))
         layer[:, page, :, offset] = -1.0

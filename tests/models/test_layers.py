@@ -70,7 +70,16 @@ def run_rank(folder: Path, tp: TensorParallel) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("llama", 2), ("llama", 4), ("llama-linear-rope-mqa", 3), ("qwen2", 4), ("qwen3", 3), ("llama3-rope-biases", 3)],
+    [
+        ("llama", 2),
+        ("llama", 4),
+        ("llama-linear-rope-mqa", 3),
+        ("qwen2", 4),
+        ("qwen3", 3),
+        ("llama3-rope-biases", 3),
+        ("deepseek-v2-groups", 2),
+        ("deepseek-v3", 4),
+    ],
 )
 def test_ranks_together_are_the_whole_model(tiny: TinyModels, name: str, size: int) -> None:
     folder, _ = tiny(name)
