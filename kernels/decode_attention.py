@@ -1,0 +1,350 @@
+"""Decode attention over pages: grouped-query attention and absorbed MLA, for batches whose lengths the device knows.
+
+FlashDecoding's split-KV with FlashMLA's fixed grid: every program computes its run of the plan's splits
+(`decode_plan`) and `_combine_kernel` folds what several programs left of one slot, in the order of positions. Both
+fold with the same operations in the same order, so a slot's bits depend on its own queries and context alone: not on
+its neighbours, its place, the number of programs, or the page size.
+
+Rows are the (query, head) pairs that share a KV head, in blocks padded for the tensor cores. Scores are [rows, keys],
+or with `keys_first` [keys, rows]: 64 keys fill Hopper's wgmma, which 16 rows do not.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from splitserve.kernels.decode_plan import (
+    DecodePlan,
+    DecodeScratch,
+    DecodeShape,
+    DecodeTiles,
+    choose_tiles,
+    new_decode_scratch,
+    split_count,
+    split_start,
+)
+
+__all__ = ["DecodeShape", "choose_tiles", "decode_attention", "decode_attention_reference", "new_decode_scratch"]
+
+LOG2_E = 1.4426950408889634
+COMBINE_ROWS = 1
+
+
+def decode_attention(
+    q: torch.Tensor,
+    cache_layer: torch.Tensor,
+    block_table: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    plan: DecodePlan,
+    scratch: DecodeScratch,
+    tiles: DecodeTiles,
+    *,
+    value_dim: int | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend from `q` [slots, q_len, heads, dim] over `cache_layer` [planes, pages, kv_heads, page_size, dim].
+
+    Keys are plane 0 and values plane 1; with `value_dim`, values are the first `value_dim` numbers of the keys.
+    `lengths` [slots] int32 counts a slot's tokens in the cache, its queries' included (causal among them); a slot of
+    length 0 is idle and its result is 0. `block_table` [slots, max_pages] int32. `plan` was filled for these lengths by
+    `plan_decode`, with `tiles.splits`; lengths must fit the block table and `scratch`, which the host cannot check.
+    What lies in the pages behind a slot's length is never read. Returns `out` [slots, q_len, heads, value_dim] in q's
+    dtype, computed in float32. Raises ValueError for shapes that the kernels do not support.
+    """
+    shape = _checked_shape(q, cache_layer, block_table, lengths, plan, tiles, value_dim)
+    slots = len(q)
+    if out is None:
+        out = q.new_empty(slots, shape.q_len, shape.heads, shape.value_dim)
+    interpreted = not q.is_cuda  # the interpreter's dot is wrong in bfloat16
+    main = shape.value_dim
+    sizes = {
+        "HEADS": shape.heads, "Q_LEN": shape.q_len, "VALUE_DIM": main, "PDL": tiles.pdl,
+        "FRONT_STEP": plan.splits.front_step, "FRONT": plan.splits.front, "STEP": plan.splits.step,
+    }  # fmt: skip
+    _decode_kernel[(tiles.lanes(shape), plan.programs)](
+        q, cache_layer, block_table, lengths, out, plan.order, plan.boundaries, plan.slots, scratch.acc,
+        scratch.stats, scale * LOG2_E, cache_layer.stride(0), block_table.stride(0),
+        KV_HEADS=shape.kv_heads, REST=shape.dim - main, LATENT=shape.latent, PAGE=shape.page_size,
+        BLOCK_ROWS=tiles.block_rows, BLOCK_KEYS=tiles.block_keys, KEYS_FIRST=tiles.keys_first,
+        UPCAST=interpreted, num_warps=tiles.num_warps, num_stages=tiles.num_stages, **sizes,
+    )  # fmt: skip
+    _combine_kernel[(slots, -(-shape.q_len * shape.heads // COMBINE_ROWS))](
+        lengths, out, plan.slots, scratch.acc, scratch.stats,
+        ROWS=COMBINE_ROWS, num_warps=4 if main >= 512 else 1, launch_pdl=tiles.pdl, **sizes,
+    )  # fmt: skip
+    return out
+
+
+def decode_attention_reference(
+    q: torch.Tensor,
+    cache_layer: torch.Tensor,
+    block_table: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    value_dim: int | None = None,
+) -> torch.Tensor:
+    """The same in float64, slot by slot."""
+    slots, q_len, heads, dim = q.shape
+    out = q.new_zeros(slots, q_len, heads, value_dim or dim, dtype=torch.float64)
+    for slot, length in enumerate(lengths.tolist()):
+        if not length:
+            continue
+        pages = cache_layer[:, block_table[slot, : -(-length // cache_layer.shape[3])].long()]
+        planes = pages.transpose(1, 2).flatten(2, 3)[:, :, :length].double()  # [planes, kv heads, tokens, dim]
+        planes = planes.repeat_interleave(heads // planes.shape[1], 1)
+        scores = torch.einsum("qhd,htd->hqt", q[slot].double() * scale, planes[0])
+        late = torch.arange(length, device=q.device) > torch.arange(length - q_len, length, device=q.device)[:, None]
+        weights = scores.masked_fill(late, -torch.inf).softmax(-1)
+        out[slot] = torch.einsum("hqt,htd->qhd", weights, planes[-1, ..., : value_dim or dim])
+    return out
+
+
+def _checked_shape(
+    q: torch.Tensor,
+    cache_layer: torch.Tensor,
+    block_table: torch.Tensor,
+    lengths: torch.Tensor,
+    plan: DecodePlan,
+    tiles: DecodeTiles,
+    value_dim: int | None,
+) -> DecodeShape:
+    slots, q_len, heads, dim = q.shape
+    planes, _, kv_heads, page_size, cache_dim = cache_layer.shape
+    shape = DecodeShape(heads, kv_heads, dim, value_dim or dim, page_size, q_len)
+    main, rest = shape.value_dim, dim - shape.value_dim
+    if cache_dim != dim or planes != (1 if shape.latent else 2) or heads % kv_heads:
+        raise ValueError(f"q {tuple(q.shape)} does not fit a cache layer {tuple(cache_layer.shape)}")
+    if main & (main - 1) or rest & (rest - 1) or page_size & (page_size - 1) or min(main, rest or main) < 16:
+        raise ValueError(f"value_dim, dim - value_dim and page_size must be powers of two from 16 on: {shape}")
+    if block_table.shape[0] != slots or lengths.shape != (slots,) or len(plan.slots) != slots:
+        raise ValueError(f"block_table, lengths and plan must be for the {slots} slots of q")
+    if block_table.dtype != torch.int32 or lengths.dtype != torch.int32:
+        raise ValueError("block_table and lengths must be int32")
+    if tiles.splits != plan.splits or plan.splits.front_step % tiles.block_keys:
+        raise ValueError(f"tiles {tiles} do not fit the plan's {plan.splits}")
+    if not (q.is_contiguous() and cache_layer[0].is_contiguous() and block_table.stride(1) == 1):
+        raise ValueError("q, cache_layer and the rows of block_table must be contiguous")
+    return shape
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _dot(a, b, acc, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _beside(x, KEYS_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One number a row [rows], to stand beside a tile [rows, n] or [n, rows]."""
+    return x[None, :] if KEYS_FIRST else x[:, None]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _fold(top, total, acc, other_top, other_total, other_acc, KEYS_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Add a later split's result. Rounded as written: both kernels must come to the same bits."""
+    new_top = tl.maximum(top, other_top)
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    keep, add = tl.exp2(top - base), tl.exp2(other_top - base)
+    total = tl.fma(other_total, add, total * keep)
+    wide_add = tl.broadcast_to(_beside(add, KEYS_FIRST), acc.shape)
+    return new_top, total, tl.fma(other_acc, wide_add, acc * _beside(keep, KEYS_FIRST))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _normalised(total, acc, KEYS_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
+    return acc / _beside(tl.where(total == 0.0, 1.0, total), KEYS_FIRST)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _tile(  # type: ignore[no-untyped-def]
+    q, q_rest, keys, keys_rest, values, visible, scale, top, total, acc,
+    REST: tl.constexpr, KEYS_FIRST: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over one tile of keys."""
+    if KEYS_FIRST:
+        scores = _dot(keys, tl.trans(q), None, UPCAST)
+        if REST:
+            scores = _dot(keys_rest, tl.trans(q_rest), scores, UPCAST)
+    else:
+        scores = _dot(q, tl.trans(keys), None, UPCAST)
+        if REST:
+            scores = _dot(q_rest, tl.trans(keys_rest), scores, UPCAST)
+    KEY_AXIS: tl.constexpr = 0 if KEYS_FIRST else 1
+    scores = tl.where(visible, scores * scale, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, KEY_AXIS))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores - _beside(base, KEYS_FIRST))
+    keep = tl.exp2(top - base)
+    total = tl.fma(total, keep, tl.sum(weights, KEY_AXIS))
+    acc = acc * _beside(keep, KEYS_FIRST)
+    if KEYS_FIRST:
+        acc = _dot(tl.trans(values), weights.to(values.dtype), acc, UPCAST)
+    else:
+        acc = _dot(weights.to(values.dtype), values, acc, UPCAST)
+    return new_top, total, acc
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store_rows(base, row, valid, acc, VALUE_DIM: tl.constexpr, KEYS_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
+    value = tl.arange(0, VALUE_DIM)
+    if KEYS_FIRST:
+        acc = tl.trans(acc)
+    tl.store(base + row[:, None] * VALUE_DIM + value[None, :], acc.to(base.dtype.element_ty), mask=valid[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _load_rows(base, row, mask, ROW_DIM: tl.constexpr, FIRST: tl.constexpr, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    columns = FIRST + tl.arange(0, DIM)
+    return tl.load(base + row[:, None] * ROW_DIM + columns[None, :], mask=mask[:, None], other=0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _load_pages(block_table, start, stop, PAGE: tl.constexpr, BLOCK_KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The page of the tile at `start`, or of each of its keys where pages are shorter than tiles."""
+    if PAGE >= BLOCK_KEYS:
+        pages = tl.load(block_table + start // PAGE, mask=start < stop, other=0)
+    else:
+        position = start + tl.arange(0, BLOCK_KEYS)
+        pages = tl.load(block_table + position // PAGE, mask=position < stop, other=0)
+    return pages.to(tl.int64)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend(  # type: ignore[no-untyped-def]
+    q, q_rest, cache, block_table, first, stop, length, last_seen, kv_head, scale, plane_stride,
+    KV_HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, REST: tl.constexpr, LATENT: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    FRONT_STEP: tl.constexpr, FRONT: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Attend over positions `first` to `stop`, whole splits of one slot: the fold of their results."""
+    DIM: tl.constexpr = VALUE_DIM + REST
+    key = tl.arange(0, BLOCK_KEYS)
+    top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    acc = tl.zeros([VALUE_DIM, BLOCK_ROWS] if KEYS_FIRST else [BLOCK_ROWS, VALUE_DIM], tl.float32)
+    all_top, all_total, all_acc = top, total, acc
+    # Carried from one tile to the next: a page number loaded where it is used would cost the pipeline its depth.
+    next_pages = _load_pages(block_table, first, stop, PAGE, BLOCK_KEYS)
+    for start in range(first, stop, BLOCK_KEYS):
+        pages = next_pages
+        next_pages = _load_pages(block_table, start + BLOCK_KEYS, stop, PAGE, BLOCK_KEYS)
+        position = start + key
+        # Keys behind the length may be NaN, which not even a weight of 0 would silence: the load makes them 0.
+        here = position < length
+        base = cache + (pages * KV_HEADS + kv_head) * (PAGE * DIM) if PAGE >= BLOCK_KEYS else cache
+        key_row = position % PAGE if PAGE >= BLOCK_KEYS else (pages * KV_HEADS + kv_head) * PAGE + position % PAGE
+        keys = _load_rows(base, key_row, here, DIM, 0, VALUE_DIM)
+        keys_rest, values = keys, keys
+        if REST:
+            keys_rest = _load_rows(base, key_row, here, DIM, VALUE_DIM, REST)
+        if not LATENT:
+            values = _load_rows(base + plane_stride, key_row, here, DIM, 0, VALUE_DIM)
+        visible = (position[:, None] if KEYS_FIRST else position[None, :]) <= _beside(last_seen, KEYS_FIRST)
+        top, total, acc = _tile(
+            q, q_rest, keys, keys_rest, values, visible, scale, top, total, acc, REST, KEYS_FIRST, UPCAST
+        )
+        step = tl.where(start < FRONT, FRONT_STEP, STEP)
+        if ((start + BLOCK_KEYS) % step == 0) | (start + BLOCK_KEYS >= stop):
+            all_top, all_total, all_acc = _fold(all_top, all_total, all_acc, top, total, acc, KEYS_FIRST)
+            top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_ROWS], tl.float32)
+            acc = tl.zeros_like(acc)
+    return all_total, all_top, all_acc
+
+
+@triton.jit(do_not_specialize=["table_stride"])  # type: ignore[untyped-decorator]
+def _decode_kernel(  # type: ignore[no-untyped-def]
+    q, cache, block_table, lengths, out, order, boundaries, slot_plans, partial, stats,
+    scale, plane_stride, table_stride,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, Q_LEN: tl.constexpr, VALUE_DIM: tl.constexpr, REST: tl.constexpr,
+    LATENT: tl.constexpr, PAGE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    KEYS_FIRST: tl.constexpr, FRONT_STEP: tl.constexpr, FRONT: tl.constexpr, STEP: tl.constexpr,
+    UPCAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (lane, p) computes run p of the plan for one KV head's block of rows."""
+    if PDL:
+        gdc_launch_dependents()
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    ROW_BLOCKS: tl.constexpr = (Q_LEN * GROUP + BLOCK_ROWS - 1) // BLOCK_ROWS
+    DIM: tl.constexpr = VALUE_DIM + REST
+    ALL_ROWS: tl.constexpr = Q_LEN * HEADS
+    lane, program = tl.program_id(0), tl.program_id(1)
+    kv_head = lane // ROW_BLOCKS
+    lane_row = lane % ROW_BLOCKS * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    valid, query = lane_row < Q_LEN * GROUP, lane_row // GROUP
+    row = query * HEADS + kv_head * GROUP + lane_row % GROUP
+
+    first, first_split = tl.load(boundaries + program * 2), tl.load(boundaries + program * 2 + 1)
+    last, last_split = tl.load(boundaries + program * 2 + 2), tl.load(boundaries + program * 2 + 3)
+    live = tl.load(boundaries + tl.num_programs(1) * 2)
+    for place in range(first, tl.minimum(last + 1, live)):
+        slot = tl.load(order + place)
+        length = tl.load(lengths + slot)
+        base_unit, folded = tl.load(slot_plans + slot * 2), tl.load(slot_plans + slot * 2 + 1)
+        splits = split_count(length, FRONT_STEP, FRONT, STEP)
+        begin = tl.where(place == first, first_split, 0)
+        end = tl.where(place == last, last_split, splits)
+        stop = tl.minimum(split_start(end, FRONT_STEP, FRONT, STEP), length)
+        slot_row = slot * ALL_ROWS
+        q_main = _load_rows(q + slot_row * DIM, row, valid, DIM, 0, VALUE_DIM)
+        q_rest = q_main
+        if REST:
+            q_rest = _load_rows(q + slot_row * DIM, row, valid, DIM, VALUE_DIM, REST)
+
+        # A program that starts the slot folds all its splits in one go; one that takes it over leaves each by itself.
+        for part in range(begin, tl.where(begin == 0, tl.minimum(end, 1), end)):
+            start = split_start(part, FRONT_STEP, FRONT, STEP)
+            part_stop = tl.where(begin == 0, stop, split_start(part + 1, FRONT_STEP, FRONT, STEP))
+            total, top, acc = _attend(
+                q_main, q_rest, cache, block_table + slot * table_stride, start, tl.minimum(part_stop, stop), length,
+                length - Q_LEN + query, kv_head, scale, plane_stride,
+                KV_HEADS, VALUE_DIM, REST, LATENT, PAGE, BLOCK_ROWS, BLOCK_KEYS, KEYS_FIRST,
+                FRONT_STEP, FRONT, STEP, UPCAST,
+            )  # fmt: skip
+            if (begin == 0) & (folded == splits):
+                acc = _normalised(total, acc, KEYS_FIRST)
+                _store_rows(out + slot_row * VALUE_DIM, row, valid, acc, VALUE_DIM, KEYS_FIRST)
+            else:
+                unit = base_unit + start // FRONT_STEP
+                tl.store(stats + unit * (2 * ALL_ROWS) + row, top, mask=valid)
+                tl.store(stats + unit * (2 * ALL_ROWS) + ALL_ROWS + row, total, mask=valid)
+                unit_acc = partial + unit.to(tl.int64) * (ALL_ROWS * VALUE_DIM)
+                _store_rows(unit_acc, row, valid, acc, VALUE_DIM, KEYS_FIRST)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _combine_kernel(  # type: ignore[no-untyped-def]
+    lengths, out, slot_plans, partial, stats,
+    HEADS: tl.constexpr, Q_LEN: tl.constexpr, VALUE_DIM: tl.constexpr, ROWS: tl.constexpr,
+    FRONT_STEP: tl.constexpr, FRONT: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (slot, block of rows) folds what several programs left of a slot; idle slots get 0."""
+    slot = tl.program_id(0)
+    ALL_ROWS: tl.constexpr = Q_LEN * HEADS
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    valid = row < ALL_ROWS
+    base_unit, folded = tl.load(slot_plans + slot * 2), tl.load(slot_plans + slot * 2 + 1)
+    splits = split_count(tl.load(lengths + slot), FRONT_STEP, FRONT, STEP)
+    if PDL:
+        gdc_wait()
+    if (folded < splits) | (splits == 0):
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, VALUE_DIM], tl.float32)
+        for split in tl.range(tl.maximum(folded - 1, 0), splits, loop_unroll_factor=4):
+            start = split_start(split, FRONT_STEP, FRONT, STEP) // FRONT_STEP
+            unit = base_unit + tl.where(split < folded, 0, start)
+            split_stats = stats + unit * (2 * ALL_ROWS) + row
+            split_acc = _load_rows(
+                partial + unit.to(tl.int64) * (ALL_ROWS * VALUE_DIM), row, valid, VALUE_DIM, 0, VALUE_DIM
+            )
+            split_top = tl.load(split_stats, mask=valid, other=float("-inf"))
+            split_total = tl.load(split_stats + ALL_ROWS, mask=valid, other=0.0)
+            top, total, acc = _fold(top, total, acc, split_top, split_total, split_acc, False)
+        slot_out = out + slot * (ALL_ROWS * VALUE_DIM)
+        _store_rows(slot_out, row, valid, _normalised(total, acc, False), VALUE_DIM, False)
