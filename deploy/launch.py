@@ -24,7 +24,7 @@ from splitserve.deploy.cluster_spec import ClusterSpec
 from splitserve.deploy.cluster_state import ClusterFolder, ClusterState
 from splitserve.deploy.local_ray import StartedRay, start_local_ray, stop_local_ray
 from splitserve.deploy.plan import Plan, make_plan
-from splitserve.deploy.preflight import check_host, check_ports, check_resources
+from splitserve.deploy.preflight import check_host, check_ports, check_resources, check_runnable
 from splitserve.deploy.progress import StatusView
 from splitserve.deploy.ray_environment import prepare_ray
 from splitserve.models.resolve import load_model_config, resolve_model
@@ -65,6 +65,7 @@ def launch(file: TopologyFile, address: str | None, view: StatusView) -> Running
             _check_same(running, file)
             return RunningCluster(running, None, is_new=False)
         plan = prepare(file)
+        check_runnable(plan)
         if address is not None:
             return _launch_on(file, plan, address, None, view)
         check_ports(file.topology.router)

@@ -48,6 +48,16 @@ def check_address(address: str) -> None:
         raise StartupError(f"cannot join the Ray at {address}: {error}; start it, or name another") from error
 
 
+def check_runnable(plan: Plan) -> None:
+    """Raise StartupError for what can be planned and not run yet."""
+    not_yet = "can be checked but not run yet"
+    if plan.model.fp8_block is not None:
+        raise StartupError(f"model.path: fp8 weights {not_yet}; use a model in bfloat16")
+    for role in plan.topology.roles:
+        if plan.model.moe is not None and plan.topology.pool(role).layout.dp > 1:
+            raise StartupError(f"{role}.layout.dp: experts shared over several engines {not_yet}; use dp: 1")
+
+
 def check_host(plan: Plan) -> None:
     """Raise InsufficientResources where this host alone cannot carry the plan."""
     topology = plan.topology

@@ -21,6 +21,7 @@ from splitserve.deploy.cluster_state import ClusterFolder, ClusterState, LocalRa
 from splitserve.deploy.commands import lifecycle
 from splitserve.deploy.processes import Process
 from tests.deploy.clusters import free_port, write_topology
+from tests.tiny_model import write_tiny_moe
 
 ERROR = "splitserve: error: "
 
@@ -100,6 +101,14 @@ def test_too_few_gpus_are_told(
 def test_gpus_are_counted_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert preflight.count_gpus() == 0
+
+
+def test_what_cannot_run_yet_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = write_topology(tmp_path, write_tiny_moe(tmp_path / "moe"), decode="layout: {dp: 2, ep: 2}")
+    capsys.readouterr()
+    status, error = fail(capsys, "up", file)
+    assert status == 1
+    assert error.startswith("decode.layout.dp: experts shared over several engines can be checked but not run yet")
 
 
 def test_too_little_memory_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path) -> None:

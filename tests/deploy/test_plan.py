@@ -82,7 +82,7 @@ def test_cpu_demo() -> None:
     prefill, decode = plan.pools
     assert prefill.weight_bytes == decode.weight_bytes == 4 * 134_515_008
     assert prefill.kv_layout.bytes_per_token == 46_080
-    assert (prefill.pages, prefill.kv_tokens, prefill.kv_bytes) == (136, 136 * 64, 136 * 64 * 46_080)
+    assert (prefill.pages, prefill.kv_tokens, prefill.kv_bytes) == (113, 113 * 64, 113 * 64 * 46_080)
     assert [(link.prefill, link.decode, link.transport) for link in plan.links] == [
         ("prefill/0/0", "decode/0/0", "shm")
     ]
