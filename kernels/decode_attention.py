@@ -21,13 +21,9 @@ from splitserve.kernels.decode_plan import (
     DecodeScratch,
     DecodeShape,
     DecodeTiles,
-    choose_tiles,
-    new_decode_scratch,
     split_count,
     split_start,
 )
-
-__all__ = ["DecodeShape", "choose_tiles", "decode_attention", "decode_attention_reference", "new_decode_scratch"]
 
 LOG2_E = 1.4426950408889634
 COMBINE_ROWS = 1
