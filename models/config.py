@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
-from splitserve.cluster.errors import ModelLoadError
 from splitserve.cluster.layout import KvLayout
+from splitserve.models.config_keys import Keys
 
 DENSE_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 MLA_ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
@@ -133,8 +133,8 @@ class ModelConfig:
         Raises ModelLoadError, naming the key, for one that is missing, of the wrong type or asks for what is not
         supported.
         """
-        keys = _Keys(raw, source)
-        architecture = keys.architecture()
+        keys = Keys(raw, source)
+        architecture = _architecture(keys)
         _refuse_unsupported(keys, architecture)
         mla = _mla(keys) if architecture in MLA_ARCHITECTURES else None
         hidden_size, num_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
@@ -179,64 +179,15 @@ class ModelConfig:
         return self.kv_layout(1, 1, dtype).bytes_per_token
 
 
-class _Keys:
-    """Typed access to a JSON object; every fault is a ModelLoadError that names the key."""
-
-    def __init__(self, raw: Mapping[str, Any], source: str, prefix: str = "") -> None:
-        self.raw, self.source, self.prefix = raw, source, prefix
-
-    def error(self, key: str, expected: str) -> ModelLoadError:
-        found = f"{self.raw[key]!r:.80}" if key in self.raw else "nothing"
-        return ModelLoadError(f"{self.source}: {self.prefix}{key}: found {found}; {expected}")
-
-    def has(self, key: str) -> bool:
-        """Whether the key is there with a value; null counts as absent, as it does for transformers."""
-        return self.raw.get(key) is not None
-
-    def architecture(self) -> str:
-        supported = DENSE_ARCHITECTURES + MLA_ARCHITECTURES
-        match self.raw.get("architectures"):
-            case [str(name)] if name in supported:
-                return name
-        raise self.error("architectures", f"expected a list of one of {', '.join(supported)}")
-
-    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        value = self.raw[key] if self.has(key) else default
-        if type(value) is not int or value < minimum:
-            raise self.error(key, f"expected an integer of at least {minimum}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.raw[key] if self.has(key) else default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
-            raise self.error(key, "expected a number above 0")
-        return float(value)
-
-    def optional_number(self, key: str) -> float | None:
-        return self.number(key) if self.has(key) else None
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self.raw[key] if self.has(key) else default
-        if type(value) is not bool:
-            raise self.error(key, "expected true or false")
-        return value
-
-    def token_ids(self, key: str) -> tuple[int, ...]:
-        value = self.raw.get(key)
-        ids = [] if value is None else value if type(value) is list else [value]
-        if any(type(token) is not int or token < 0 for token in ids):
-            raise self.error(key, "expected a token id or a list of token ids")
-        return tuple(ids)
-
-    def section(self, key: str) -> _Keys:
-        """The object under `key`, empty where there is none."""
-        value = self.raw.get(key)
-        if value is not None and not isinstance(value, Mapping):
-            raise self.error(key, "expected an object")
-        return _Keys(value or {}, self.source, f"{self.prefix}{key}.")
+def _architecture(keys: Keys) -> str:
+    supported = DENSE_ARCHITECTURES + MLA_ARCHITECTURES
+    match keys.raw.get("architectures"):
+        case [str(name)] if name in supported:
+            return name
+    raise keys.error("architectures", f"expected a list of one of {', '.join(supported)}")
 
 
-def _refuse_unsupported(keys: _Keys, architecture: str) -> None:
+def _refuse_unsupported(keys: Keys, architecture: str) -> None:
     """Refuse what would silently change the model's answers."""
     latent = architecture in MLA_ARCHITECTURES
     required: dict[str, tuple[object, ...]] = {
@@ -259,16 +210,16 @@ def _refuse_unsupported(keys: _Keys, architecture: str) -> None:
         raise keys.error("layer_types", "only layers of full_attention are supported")
 
 
-def _head_dim(keys: _Keys, hidden_size: int, num_heads: int) -> int:
+def _head_dim(keys: Keys, hidden_size: int, num_heads: int) -> int:
     # Qwen3 heads are wider than hidden_size / heads, so there is nothing to derive them from.
-    derived = None if keys.architecture() == "Qwen3ForCausalLM" or hidden_size % num_heads else hidden_size // num_heads
+    derived = None if _architecture(keys) == "Qwen3ForCausalLM" or hidden_size % num_heads else hidden_size // num_heads
     head_dim = keys.integer("head_dim", derived)
     if head_dim % 2:
         raise keys.error("head_dim", f"rotary embedding needs an even head width, not {head_dim}")
     return head_dim
 
 
-def _dtype(keys: _Keys) -> Dtype:
+def _dtype(keys: Keys) -> Dtype:
     key = "dtype" if keys.has("dtype") else "torch_dtype"
     dtype = keys.raw[key] if keys.has(key) else "float32"
     if dtype not in get_args(Dtype):
@@ -276,7 +227,7 @@ def _dtype(keys: _Keys) -> Dtype:
     return cast(Dtype, dtype)
 
 
-def _rope(keys: _Keys, max_position: int) -> RopeConfig:
+def _rope(keys: Keys, max_position: int) -> RopeConfig:
     """Both spellings: rope_theta beside rope_scaling, and the rope_parameters of transformers 5."""
     rope = keys.section("rope_parameters" if keys.has("rope_parameters") else "rope_scaling")
     theta = (rope if rope.has("rope_theta") else keys).number("rope_theta", 10000.0)
@@ -304,7 +255,7 @@ def _rope(keys: _Keys, max_position: int) -> RopeConfig:
     return RopeConfig(theta, scaling)
 
 
-def _llama3(rope: _Keys) -> Llama3Rope:
+def _llama3(rope: Keys) -> Llama3Rope:
     return Llama3Rope(
         factor=rope.number("factor"),
         low_freq_factor=rope.number("low_freq_factor"),
@@ -313,7 +264,7 @@ def _llama3(rope: _Keys) -> Llama3Rope:
     )
 
 
-def _yarn(rope: _Keys, max_position: int) -> YarnRope:
+def _yarn(rope: Keys, max_position: int) -> YarnRope:
     return YarnRope(
         factor=rope.number("factor"),
         original_max_position=rope.integer("original_max_position_embeddings", max_position),
@@ -325,7 +276,7 @@ def _yarn(rope: _Keys, max_position: int) -> YarnRope:
     )
 
 
-def _mla(keys: _Keys) -> MlaConfig:
+def _mla(keys: Keys) -> MlaConfig:
     return MlaConfig(
         q_lora_rank=keys.integer("q_lora_rank") if keys.has("q_lora_rank") else None,
         kv_lora_rank=keys.integer("kv_lora_rank"),
@@ -335,7 +286,7 @@ def _mla(keys: _Keys) -> MlaConfig:
     )
 
 
-def _moe(keys: _Keys, architecture: str) -> MoeConfig:
+def _moe(keys: Keys, architecture: str) -> MoeConfig:
     is_v3 = architecture == "DeepseekV3ForCausalLM"
     methods = ("noaux_tc",) if is_v3 else ("greedy", "group_limited_greedy")
     method = keys.raw.get("topk_method") or methods[0]
@@ -359,7 +310,7 @@ def _moe(keys: _Keys, architecture: str) -> MoeConfig:
     return moe
 
 
-def _check_routing(keys: _Keys, moe: MoeConfig) -> None:
+def _check_routing(keys: Keys, moe: MoeConfig) -> None:
     if keys.has("scoring_func") and keys.raw["scoring_func"] != moe.scoring:
         raise keys.error("scoring_func", f"only {moe.scoring!r} is supported with this architecture")
     if moe.normalise and moe.scoring == "softmax":
@@ -374,7 +325,7 @@ def _check_routing(keys: _Keys, moe: MoeConfig) -> None:
         )
 
 
-def _fp8_block(keys: _Keys) -> tuple[int, int] | None:
+def _fp8_block(keys: Keys) -> tuple[int, int] | None:
     if not keys.has("quantization_config"):
         return None
     quantization = keys.section("quantization_config")

@@ -110,13 +110,13 @@ class HeadwiseLinear:
     """A product of its own for each head. `weight` [heads, out, in] is packed here."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self._packed = [pack(head) for head in weight] if weight.is_cpu else None
-        self._weight = weight.transpose(1, 2)
+        self._packed = [pack(head) for head in weight] if weight.is_cpu else []
+        self._transposed = None if weight.is_cpu else weight.transpose(1, 2)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """`x` [tokens, heads, in] into `out` [tokens, heads, out], which may be part of wider heads."""
-        if self._packed is None:
-            torch.bmm(x.transpose(0, 1), self._weight, out=out.transpose(0, 1))
+        if self._transposed is not None:
+            torch.bmm(x.transpose(0, 1), self._transposed, out=out.transpose(0, 1))
             return
         for head, weight in enumerate(self._packed):
             out[:, head] = linear(x[:, head], weight)

@@ -12,10 +12,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from statistics import median
 
 import torch
 
+from benchmarks.kernels.timing import graph_us
 from splitserve.kernels.decode_attention import decode_attention, decode_attention_reference
 from splitserve.kernels.decode_plan import (
     DecodeShape,
@@ -82,25 +82,6 @@ GROUPED = tiles(
     "r16 k64 w4 s4 p1 kf", "r16 k32 w2 s4 p4",
 )  # fmt: skip
 WIDE = tiles("r32 k32 w8 s3 p1", "r32 k64 w8 s2 p1 kf", "r16 k64 w4 s2 p1 kf", "r64 k32 w8 s3 p1", "r16 k32 w4 s3 p2")
-
-
-def graph_us(call: Callable[[], object], calls: int, replays: int = 7) -> float:
-    """Median time of one of the `calls` that `call` makes, in a CUDA graph."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    samples: list[float] = []
-    for replay in range(replays + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if replay:
-            samples.append(start.elapsed_time(end) * 1000 / calls)
-    return median(samples)
 
 
 class Bench:

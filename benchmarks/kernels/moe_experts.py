@@ -14,12 +14,12 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from statistics import median
 from typing import Literal, get_args
 
 import torch
 import triton
 
+from benchmarks.kernels.timing import graph_us
 from splitserve.kernels import moe_experts
 from splitserve.kernels.launch import num_sms
 from splitserve.kernels.moe_experts import ExpertTiles, GemmTile, expert_tiles, routed_experts, routed_experts_reference
@@ -107,25 +107,6 @@ def fitted(stage: Stage, block_m: int, tile: GemmTile) -> GemmTile | None:
     if programs == 0 or weight_rows * block_m > 128 * 32 * tile.warps:
         return None
     return replace(tile, programs_per_sm=programs)
-
-
-def graph_us(call: Callable[[], object], calls: int = 1, replays: int = 5) -> float:
-    """Median time of one of the `calls` that `call` makes, in a CUDA graph."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    samples: list[float] = []
-    for replay in range(replays + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if replay:
-            samples.append(start.elapsed_time(end) * 1000 / calls)
-    return median(samples)
 
 
 @dataclass(frozen=True, eq=False)
