@@ -1,9 +1,9 @@
 """The keyed Gumbel noise of `engine.noise` inside Triton kernels: the same integers, logarithms of the device.
 
-    key = mix(mix(mix(seed + gamma) + sample * gamma) + position * gamma)
-    h   = mix(key + (token + 1) * gamma)
-    v   = float32(h mod 2^63) / 2^63, clamped to [2^-63, 1 - 2^-24]
-    g   = -log(-log1p(-v))
+key = mix(mix(mix(seed + gamma) + sample * gamma) + position * gamma)
+h   = mix(key + (token + 1) * gamma)
+v   = float32(h mod 2^63) / 2^63, clamped to [2^-63, 1 - 2^-24]
+g   = -log(-log1p(-v))
 """
 
 from __future__ import annotations

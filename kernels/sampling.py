@@ -22,7 +22,9 @@ from splitserve.kernels.sampling_scan import scan_kernel
 from splitserve.kernels.sampling_scratch import TOP, SamplerScratch
 
 BARRED_FOREVER = 2**31 - 1
-DRAW_BLOCK = 1024
+BLOCK = 1024
+WARPS = 8
+SCAN_REGISTERS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,9 +137,9 @@ def sample_rows(
     grid, stride = (scratch.chunks, rows), logits.stride(0)
     sizes = {
         "CHUNK": scratch.chunk, "CHUNKS": scratch.chunks, "LANES": triton.next_power_of_2(scratch.chunks),
-        "enable_fp_fusion": False,
+        "BLOCK": min(BLOCK, scratch.chunk), "PDL": logits.is_cuda, "enable_fp_fusion": False,
     }  # fmt: skip
-    warps = max(1, min(8, scratch.chunk // 512))
+    launch = {"num_warps": WARPS, "launch_pdl": logits.is_cuda}
     scan_kernel[grid](
         logits, stride, slots, positions, live_rows, state.temperature, state.top_k, state.top_p, state.min_p,
         state.repetition_penalty, state.presence_penalty, state.frequency_penalty, state.logprobs,
@@ -145,24 +147,24 @@ def sample_rows(
         out.tokens, out.finite, out.logprob, out.top_ids, out.top_logprobs,
         scratch.adjusted, scratch.chunk_values, scratch.chunk_tokens, scratch.top_values, scratch.top_tokens,
         scratch.row_values, scratch.row_numbers, scratch.arrivals[0],
-        vocab, state.bias_ids.shape[1], state.mask.shape[1], TOP=TOP, num_warps=warps, **sizes,
+        vocab, state.bias_ids.shape[1], state.mask.shape[1], TOP=TOP, num_warps=WARPS, maxnreg=SCAN_REGISTERS, **sizes,
     )  # fmt: skip
     histogram_kernel[grid](
         logits, stride, slots, state.temperature, state.top_k, state.top_p, scratch.adjusted, scratch.histogram,
         scratch.chunk_tokens, scratch.row_values, scratch.row_numbers, scratch.arrivals[1], vocab,
-        num_warps=warps, **sizes,
+        **launch, **sizes,
     )  # fmt: skip
     select_kernel[grid](
         logits, stride, slots, state.temperature, state.top_p, scratch.adjusted, scratch.candidates,
         scratch.chunk_tokens, scratch.chunk_mass, scratch.row_values, scratch.row_numbers, scratch.arrivals[2], vocab,
-        TILE=scratch.chunk // 2, num_warps=warps, **sizes,
+        TILE=scratch.chunk // 4, **launch, **sizes,
     )  # fmt: skip
     draw_kernel[grid](
         logits, stride, slots, positions, state.temperature, state.min_p, state.repetition_penalty,
         state.presence_penalty, state.frequency_penalty, state.seed, state.sample, state.logprobs, state.counts,
         out.tokens, out.logprob, scratch.adjusted, scratch.candidates, scratch.chunk_values, scratch.chunk_tokens,
         scratch.row_values, scratch.row_numbers, scratch.arrivals[0], vocab,
-        BLOCK=min(DRAW_BLOCK, scratch.chunk), num_warps=min(4, warps), **sizes,
+        **launch, **sizes,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from splitserve.kernels.gumbel import gumbel, noise_key
 from splitserve.kernels.sampling_scratch import (
@@ -37,9 +38,11 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     logits, row_stride, slots, positions,
     temperature, min_p, repetition, presence, frequency, seed, sample, logprobs, counts, tokens, logprob,
     adjusted, candidates, chunk_values, chunk_tokens, row_values, row_numbers, arrivals, vocab,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (chunk, row) draws the best of a chunk; the last of a row picks the best of those."""
+    if PDL:
+        gdc_wait()
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     numbers = row_numbers + row * ROW_NUMBERS
     mode = tl.load(numbers + MODE)
@@ -54,9 +57,9 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     values = chunk_values + row * (CHUNK_VALUES * CHUNKS) + chunk
     if mode != DRAW:
         number = _list_kept(
-            logits_row, adjusted_row, is_adjusted, start + tl.arange(0, CHUNK), vocab, best, heat,
+            logits_row, adjusted_row, is_adjusted, start, vocab, best, heat,
             tl.load(values + BEST * CHUNKS), tl.load(numbers + FURTHEST),
-            tl.load(row_values + row * ROW_VALUES + ROW_LEAST_WEIGHT), tl.load(min_p + slot), kept_ids,
+            tl.load(row_values + row * ROW_VALUES + ROW_LEAST_WEIGHT), tl.load(min_p + slot), kept_ids, CHUNK, BLOCK,
         )  # fmt: skip
 
     key = noise_key(tl.load(seed + slot), tl.load(sample + slot), tl.load(positions + row))
@@ -87,8 +90,8 @@ def draw_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _list_kept(  # type: ignore[no-untyped-def]
-    logits_row, adjusted_row, is_adjusted, token, vocab, best, temperature, chunk_best, furthest, least_weight, min_p,
-    kept_ids,
+    logits_row, adjusted_row, is_adjusted, start, vocab, best, temperature, chunk_best, furthest, least_weight, min_p,
+    kept_ids, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the ids that the filters keep of a chunk to `kept_ids`, ascending; returns how many there are."""
     least_score = tl.log(tl.where(min_p > 0.0, min_p, 1.0).to(tl.float64)).to(tl.float32)
@@ -96,11 +99,13 @@ def _list_kept(  # type: ignore[no-untyped-def]
     number = tl.full((), 0, tl.int32)
     highest = tl.div_rn(chunk_best - best, tl.maximum(temperature, 1.1754943508222875e-38))
     if _keeps(highest, furthest, least_weight, least_score):
-        within = token < vocab
-        scores = load_scores(logits_row, adjusted_row, is_adjusted, token, within, best, temperature)
-        kept = (within & _keeps(scores, furthest, least_weight, least_score)).to(tl.int32)
-        tl.store(kept_ids + tl.cumsum(kept, 0) - 1, token, mask=kept != 0)
-        number = tl.sum(kept)
+        for first in range(start, start + CHUNK, BLOCK):
+            token = first + tl.arange(0, BLOCK)
+            within = token < vocab
+            scores = load_scores(logits_row, adjusted_row, is_adjusted, token, within, best, temperature)
+            kept = (within & _keeps(scores, furthest, least_weight, least_score)).to(tl.int32)
+            tl.store(kept_ids + number + tl.cumsum(kept, 0) - 1, token, mask=kept != 0)
+            number += tl.sum(kept)
         tl.debug_barrier()  # the ids are read by other threads than wrote them
     return number
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from splitserve.kernels.sampling_scratch import (
     ADJUSTED,
@@ -58,9 +59,12 @@ def _mass(scores):  # type: ignore[no-untyped-def]
 def histogram_kernel(  # type: ignore[no-untyped-def]
     logits, row_stride, slots, temperature, top_k, top_p,
     adjusted, histogram, chunk_tokens, row_values, row_numbers, arrivals, vocab,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (chunk, row) counts a chunk's tokens by distance; the last of a row picks the bins to look at."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     numbers = row_numbers + row * ROW_NUMBERS
     if tl.load(numbers + MODE) != SELECT:
@@ -140,33 +144,42 @@ def _mass_bins(p, spread, least, most, bins):  # type: ignore[no-untyped-def]
 def select_kernel(  # type: ignore[no-untyped-def]
     logits, row_stride, slots, temperature, top_p,
     adjusted, candidates, chunk_tokens, chunk_mass, row_values, row_numbers, arrivals, vocab,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (chunk, row) collects a chunk's candidates; the last of a row finds the thresholds among them."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     numbers, values = row_numbers + row * ROW_NUMBERS, row_values + row * ROW_VALUES
     if tl.load(numbers + MODE) != SELECT:
         return
     slot = tl.load(slots + row).to(tl.int64)
-    p = tl.load(top_p + slot)
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
-    within = token < vocab
-    scores = load_scores(
-        logits + row * row_stride, adjusted + row * (CHUNKS * CHUNK), tl.load(numbers + ADJUSTED) != 0, token, within,
-        tl.load(values + ROW_BEST), tl.load(temperature + slot),
-    )  # fmt: skip
-    bins, first = _bins(scores, tl.load(values + ROW_RANGE)), tl.load(numbers + FIRST_BIN)
-    inside = within & (bins >= first) & (bins <= tl.load(numbers + LAST_BIN))
+    p, found = tl.load(top_p + slot), candidates + row * (CHUNKS * CHUNK)
+    first_bin, last_bin = tl.load(numbers + FIRST_BIN), tl.load(numbers + LAST_BIN)
     before = tl.load(chunk_tokens + (row * CHUNK_TOKENS + CANDIDATES_BEFORE) * CHUNKS + chunk)
-    place = before + tl.cumsum(inside.to(tl.int32), 0) - 1
-    found = candidates + row * (CHUNKS * CHUNK)
-    tl.store(found + place, tl.abs(scores).to(tl.int32, bitcast=True), mask=inside)
-    if p < 1.0:
-        mass = tl.where(within, _mass(scores), 0)
-        tl.store(chunk_mass + row * (2 * CHUNKS) + chunk, tl.sum(mass))
-        tl.store(chunk_mass + row * (2 * CHUNKS) + CHUNKS + chunk, tl.sum(tl.where(bins < first, mass, 0)))
+    whole, above = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
+    for start in range(chunk * CHUNK, (chunk + 1) * CHUNK, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        within = token < vocab
+        scores = load_scores(
+            logits + row * row_stride, adjusted + row * (CHUNKS * CHUNK), tl.load(numbers + ADJUSTED) != 0, token,
+            within, tl.load(values + ROW_BEST), tl.load(temperature + slot),
+        )  # fmt: skip
+        bins = _bins(scores, tl.load(values + ROW_RANGE))
+        inside = (within & (bins >= first_bin) & (bins <= last_bin)).to(tl.int32)
+        place = before + tl.cumsum(inside, 0) - 1
+        tl.store(found + place, tl.abs(scores).to(tl.int32, bitcast=True), mask=inside != 0)
+        before += tl.sum(inside)
+        if p < 1.0:
+            mass = _mass(scores)
+            whole += mass
+            above += tl.where(bins < first_bin, mass, 0)
+    masses = chunk_mass + row * (2 * CHUNKS)
+    tl.store(masses + chunk, tl.sum(whole))
+    tl.store(masses + CHUNKS + chunk, tl.sum(above))
     if arrives_last(arrivals + row, CHUNKS):
-        _find_thresholds(p, found, chunk_mass + row * (2 * CHUNKS), values, numbers, CHUNKS, LANES, TILE)
+        _find_thresholds(p, found, masses, values, numbers, CHUNKS, LANES, TILE)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

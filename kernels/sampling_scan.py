@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from splitserve.kernels.sampling_scratch import (
     ADJUSTED,
@@ -53,15 +54,18 @@ def scan_kernel(  # type: ignore[no-untyped-def]
     adjusted, chunk_values, chunk_tokens, top_values, top_tokens, row_values, row_numbers, arrivals,
     vocab, max_biases, mask_words,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, TOP: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (chunk, row) scans a chunk; the last of a row sums up."""
+    if PDL:
+        gdc_launch_dependents()
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     numbers = row_numbers + row * ROW_NUMBERS
+    slot = tl.load(slots + row).to(tl.int64)
     if row >= tl.load(live_rows):
         if chunk == 0:
             tl.store(numbers + MODE, DONE)
         return
-    slot = tl.load(slots + row).to(tl.int64)
     logits_row, adjusted_row = logits + row * row_stride, adjusted + row * (CHUNKS * CHUNK)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     within = token < vocab
@@ -78,18 +82,12 @@ def scan_kernel(  # type: ignore[no-untyped-def]
     biases, masked = tl.load(bias_count + slot), tl.load(grammar + slot) != 0
     adjusts = penalised(repeated, present, frequent) | (biases > 0) | masked
     if adjusts:
-        mask_row, counts_row = mask + slot * mask_words, counts + slot * vocab
-        x = _bar(_penalise(x, counts_row, token, within, repeated, present, frequent), mask_row, token, within, masked)
-        if biases > 0:
-            tl.store(adjusted_row + token, x)
-            _apply_biases(
-                logits_row, adjusted_row, bias_ids + slot * max_biases, bias_values + slot * max_biases,
-                bias_until + slot * max_biases, biases, tl.load(positions + row), counts_row, mask_row,
-                repeated, present, frequent, masked, chunk * CHUNK, CHUNK,
-            )  # fmt: skip
-            x = tl.load(adjusted_row + token)
-        else:
-            tl.store(adjusted_row + token, x)
+        _adjust(
+            logits_row, adjusted_row, bias_ids + slot * max_biases, bias_values + slot * max_biases,
+            bias_until + slot * max_biases, biases, tl.load(positions + row), counts + slot * vocab,
+            mask + slot * mask_words, repeated, present, frequent, masked, chunk * CHUNK, vocab, CHUNK, BLOCK,
+        )  # fmt: skip
+        x = tl.load(adjusted_row + token)
 
     best = tl.max(x)
     best_token = tl.min(tl.where(x == best, token, NO_TOKEN))
@@ -133,11 +131,16 @@ def _bar(x, mask_row, token, mask, masked):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _apply_biases(  # type: ignore[no-untyped-def]
+def _adjust(  # type: ignore[no-untyped-def]
     logits_row, adjusted_row, ids, biases, until, number, position, counts_row, mask_row,
-    repetition, presence, frequency, masked, start, CHUNK: tl.constexpr,
+    repetition, presence, frequency, masked, start, vocab, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Do the chunk's biased tokens again, from the start, and then bar those that -inf bars."""
+    """Penalise and bar a chunk, do its biased tokens again from the start, and last bar those that -inf bars."""
+    for first in range(start, start + CHUNK, BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        x = tl.load(logits_row + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+        x = _penalise(x, counts_row, token, token < vocab, repetition, presence, frequency)
+        tl.store(adjusted_row + token, _bar(x, mask_row, token, token < vocab, masked))
     tl.debug_barrier()  # what other threads of this program stored
     for bars in tl.static_range(2):
         for first in range(0, number, BIAS_BLOCK):
@@ -188,9 +191,7 @@ def _sum_up(  # type: ignore[no-untyped-def]
     is_finite = (tl.max((bests != bests).to(tl.int32)) == 0) & (tl.abs(best) < float("inf"))
     tl.store(finite + row, is_finite.to(tl.int32))
     if wanted >= 0:
-        _sum_up_logprobs(
-            row, wanted, top_ids, top_logprobs, values, folded, top_values, top_tokens, CHUNKS, LANES, TOP
-        )
+        _sum_up_logprobs(row, wanted, top_ids, top_logprobs, values, folded, top_values, top_tokens, CHUNKS, LANES, TOP)
 
     heat = tl.load(temperature + slot)
     mode = tl.full((), DONE, tl.int32)

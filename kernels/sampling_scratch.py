@@ -61,7 +61,7 @@ class SamplerScratch:
     `adjusted` float32 and `candidates` int32 [rows, chunks * chunk]; `histogram` int32 [rows, chunks, BINS];
     `chunk_values` float32, `chunk_tokens` int32, `row_values` float32 and `row_numbers` int32 by the planes above;
     `chunk_mass` int64 [rows, 2, chunks]: all of it, and what lies above the candidates; `top_values` float32 and
-    `top_tokens` int32 [rows, chunks, TOP_LANES]; `arrivals` int32 [3, rows].
+    `top_tokens` int32 [rows, chunks, TOP_LANES]; `arrivals` int32 [3, rows or more].
     """
 
     adjusted: torch.Tensor
@@ -104,7 +104,7 @@ def new_sampler_scratch(rows: int, vocab: int, device: torch.device, chunk: int 
         top_tokens=new(rows, chunks, TOP_LANES.value, dtype=torch.int32),
         row_values=new(rows, ROW_VALUES.value, dtype=torch.float32),
         row_numbers=new(rows, ROW_NUMBERS.value, dtype=torch.int32),
-        arrivals=torch.zeros(3, rows, dtype=torch.int32, device=device),
+        arrivals=torch.zeros(3, triton.cdiv(rows, 4) * 4, dtype=torch.int32, device=device),
         chunk=chunk,
     )
 
