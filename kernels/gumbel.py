@@ -18,14 +18,14 @@ LEAST_UNIFORM = tl.constexpr(2.0**-63)
 LARGEST_UNIFORM = tl.constexpr(1 - 2.0**-24)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _mix(x):  # type: ignore[no-untyped-def]
     x = (x ^ (x >> 30)) * MULTIPLIER_1
     x = (x ^ (x >> 27)) * MULTIPLIER_2
     return x ^ (x >> 31)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def noise_key(seed, sample, position):  # type: ignore[no-untyped-def]
     """The uint64 key of int64 (seed, sample index, position)."""
     key = _mix(seed.to(tl.uint64) + GAMMA)
@@ -33,13 +33,13 @@ def noise_key(seed, sample, position):  # type: ignore[no-untyped-def]
     return _mix(key + position.to(tl.uint64) * GAMMA)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def noise_bits(key, tokens):  # type: ignore[no-untyped-def]
     """63 random bits, int64, for each of `tokens` (integers)."""
     return (_mix(key + (tokens + 1).to(tl.uint64) * GAMMA) & 0x7FFFFFFFFFFFFFFF).to(tl.int64)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def gumbel(key, tokens):  # type: ignore[no-untyped-def]
     """Standard Gumbel noise, float32."""
     uniform = noise_bits(key, tokens).to(tl.float32) * LEAST_UNIFORM

@@ -110,7 +110,7 @@ def _list_kept(  # type: ignore[no-untyped-def]
     return number
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _keeps(scores, furthest, least_weight, least_score):  # type: ignore[no-untyped-def]
     distance = tl.abs(scores).to(tl.int32, bitcast=True)
     return (distance <= furthest) & (tl.exp(scores) >= least_weight) & (scores >= least_score)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from splitserve.kernels.sampling_scan import MAX_RANGE
 from splitserve.kernels.sampling_scratch import (
     ADJUSTED,
     BINS,
@@ -39,18 +40,17 @@ from splitserve.kernels.sampling_scratch import (
     arrives_last,
     load_scores,
 )
-from splitserve.kernels.sampling_scan import MAX_RANGE
 
 MASS_UNIT = tl.constexpr(2.0**42)
 INFINITY_BITS = tl.constexpr(0x7F800000)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _bins(scores, spread):  # type: ignore[no-untyped-def]
     return tl.minimum(tl.abs(scores) * (BINS / spread), BINS - 1.0).to(tl.int32)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _mass(scores):  # type: ignore[no-untyped-def]
     return (tl.exp(scores) * MASS_UNIT).to(tl.int64)
 
@@ -121,7 +121,7 @@ def _pick_bins(  # type: ignore[no-untyped-def]
     tl.store(numbers + MODE, tl.where(by_count | by_mass, SELECT, DRAW_KEPT))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _mass_bins(p, spread, least, most, bins):  # type: ignore[no-untyped-def]
     """First and last bin that can hold the token at which the mass reaches p, for bounds on the bins' counts.
 
@@ -144,7 +144,8 @@ def _mass_bins(p, spread, least, most, bins):  # type: ignore[no-untyped-def]
 def select_kernel(  # type: ignore[no-untyped-def]
     logits, row_stride, slots, temperature, top_p,
     adjusted, candidates, chunk_tokens, chunk_mass, row_values, row_numbers, arrivals, vocab,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (chunk, row) collects a chunk's candidates; the last of a row finds the thresholds among them."""
     if PDL:

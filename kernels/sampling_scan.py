@@ -105,14 +105,14 @@ def scan_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _selects(top_k, top_p, slot, vocab):  # type: ignore[no-untyped-def]
     """Whether a slot's filters need a threshold that depends on all tokens."""
     k = tl.load(top_k + slot)
     return ((k > 0) & (k < vocab)) | (tl.load(top_p + slot) < 1.0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _penalise(x, counts_row, token, mask, repetition, presence, frequency):  # type: ignore[no-untyped-def]
     if penalised(repetition, presence, frequency):
         count = tl.load(counts_row + token, mask=mask, other=0).to(tl.int32)
@@ -122,7 +122,7 @@ def _penalise(x, counts_row, token, mask, repetition, presence, frequency):  # t
     return x
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _bar(x, mask_row, token, mask, masked):  # type: ignore[no-untyped-def]
     if masked:
         word = tl.load(mask_row + token // 32, mask=mask, other=0)
@@ -159,7 +159,7 @@ def _adjust(  # type: ignore[no-untyped-def]
         tl.debug_barrier()
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _store_top(x, token, top_values, top_tokens, place, wanted):  # type: ignore[no-untyped-def]
     """The `wanted` largest of a chunk, descending."""
     lane = tl.arange(0, TOP_LANES)

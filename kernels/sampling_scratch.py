@@ -120,7 +120,7 @@ def arrives_last(arrivals, chunks: tl.constexpr):  # type: ignore[no-untyped-def
     return last
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def load_scores(  # type: ignore[no-untyped-def]
     logits_row, adjusted_row, is_adjusted, tokens, mask, best, temperature
 ):  # fmt: skip
@@ -142,7 +142,7 @@ def best_of_chunks(values, tokens, chunks: tl.constexpr, lanes: tl.constexpr):  
     return best, tl.min(tl.where(found == best, token, NO_TOKEN))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def emit(  # type: ignore[no-untyped-def]
     token, row, slot, logits_row, row_values, tokens, logprob, counts, logprobs, repetition, presence, frequency, vocab
 ):  # fmt: skip
@@ -157,6 +157,6 @@ def emit(  # type: ignore[no-untyped-def]
         tl.store(counts + slot * vocab + token, (count + ((count & 0x7FFF) < 0x7FFF)).to(tl.int16))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def penalised(repetition, presence, frequency):  # type: ignore[no-untyped-def]
     return (repetition != 1.0) | (presence != 0.0) | (frequency != 0.0)
