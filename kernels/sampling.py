@@ -137,8 +137,9 @@ def sample_rows(
     grid, stride = (scratch.chunks, rows), logits.stride(0)
     sizes = {
         "CHUNK": scratch.chunk, "CHUNKS": scratch.chunks, "LANES": triton.next_power_of_2(scratch.chunks),
-        "BLOCK": min(BLOCK, scratch.chunk), "PDL": logits.is_cuda, "enable_fp_fusion": False,
+        "PDL": logits.is_cuda, "enable_fp_fusion": False,
     }  # fmt: skip
+    block = min(BLOCK, scratch.chunk)
     launch = {"num_warps": WARPS, "launch_pdl": logits.is_cuda}
     scan_kernel[grid](
         logits, stride, slots, positions, live_rows, state.temperature, state.top_k, state.top_p, state.min_p,
@@ -147,7 +148,7 @@ def sample_rows(
         out.tokens, out.finite, out.logprob, out.top_ids, out.top_logprobs,
         scratch.adjusted, scratch.chunk_values, scratch.chunk_tokens, scratch.top_values, scratch.top_tokens,
         scratch.row_values, scratch.row_numbers, scratch.arrivals[0],
-        vocab, state.bias_ids.shape[1], state.mask.shape[1], TOP=TOP, num_warps=WARPS, maxnreg=SCAN_REGISTERS, **sizes,
+        vocab, state.bias_ids.shape[1], state.mask.shape[1], TOP=TOP, BLOCK=block, num_warps=WARPS, maxnreg=SCAN_REGISTERS, **sizes,
     )  # fmt: skip
     histogram_kernel[grid](
         logits, stride, slots, state.temperature, state.top_k, state.top_p, scratch.adjusted, scratch.histogram,
@@ -157,14 +158,14 @@ def sample_rows(
     select_kernel[grid](
         logits, stride, slots, state.temperature, state.top_p, scratch.adjusted, scratch.candidates,
         scratch.chunk_tokens, scratch.chunk_mass, scratch.row_values, scratch.row_numbers, scratch.arrivals[2], vocab,
-        TILE=scratch.chunk // 4, **launch, **sizes,
+        BLOCK=block, TILE=scratch.chunk // 4, **launch, **sizes,
     )  # fmt: skip
     draw_kernel[grid](
         logits, stride, slots, positions, state.temperature, state.min_p, state.repetition_penalty,
         state.presence_penalty, state.frequency_penalty, state.seed, state.sample, state.logprobs, state.counts,
         out.tokens, out.logprob, scratch.adjusted, scratch.candidates, scratch.chunk_values, scratch.chunk_tokens,
         scratch.row_values, scratch.row_numbers, scratch.arrivals[0], vocab,
-        **launch, **sizes,
+        BLOCK=block, **launch, **sizes,
     )  # fmt: skip
 
 
