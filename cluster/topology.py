@@ -63,6 +63,10 @@ class Model(_Section):
         description="arithmetic and KV cache: float32 repeats tokens exactly on CPU, bfloat16 suits GPUs",
     )
     context: int = Field(default=2048, ge=2, description="longest sequence in tokens, prompt and answer together")
+    deterministic: bool = Field(
+        default=False,
+        description="on GPUs, the same bits in any slot, batch, capacity and packing, at a price; CPUs always do that",
+    )
     load_format: Literal["auto", "dummy"] = Field(
         default="auto", description="auto reads the weights; dummy makes random ones and needs only the config"
     )

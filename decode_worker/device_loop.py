@@ -140,7 +140,7 @@ class DecodeLoop:
     ) -> None:
         device, page_size = cache.layers[0].device, cache.layout.page_size
         began, free = time.monotonic(), _free_memory(device)
-        self.layout = slot_layout(config, capacities, context, page_size)
+        self.layout, self.cache = slot_layout(config, capacities, context, page_size), cache
         self._state = SlotState(self.layout, device)
         # Pages that slots share count for each of them: twice the cache is more than any load has asked for.
         max_tokens = 2 * cache.num_pages * page_size + context

@@ -50,15 +50,19 @@ class EngineAlone:
         self._dice = random.Random(0)
         self._prompts: dict[str, list[int]] = {}
         self._asked = 0
-        self._first: dict[str, float] = {}
+        self._started = self._ended = 0
         self._steps: list[tuple[float, int]] = []
 
     def prefill_s(self, prompts: int, tokens: int) -> float:
         """Seconds until `prompts` new prompts of `tokens` tokens, sent at once, have their first tokens."""
+        return self.serve_s(prompts, tokens, 1)
+
+    def serve_s(self, prompts: int, tokens: int, answers: int) -> float:
+        """Seconds until `prompts` new prompts of `tokens` tokens, sent at once, have `answers` tokens each."""
         began = time.perf_counter()
-        with self._asking(prompts, tokens, SamplingParams(max_tokens=1, ignore_eos=True)):
-            self._step_until(lambda: len(self._first) == prompts)
-        return max(self._first.values()) - began
+        with self._asking(prompts, tokens, SamplingParams(max_tokens=answers, ignore_eos=True)):
+            self._step_until(lambda: self._ended == prompts)
+            return time.perf_counter() - began
 
     def decode_s(self, batch: int, context: int, steps: int) -> list[float]:
         """Seconds of each of `steps` decode steps of `batch` sequences, which start at `context` tokens."""
@@ -71,7 +75,7 @@ class EngineAlone:
         """`batch` sequences of `context` tokens that decode steadily, for at least `steps` steps more."""
         lasting = SamplingParams(max_tokens=batch + steps + 64, ignore_eos=True)
         with self._asking(batch, context, lasting):
-            self._step_until(lambda: len(self._first) == batch and self._full_steps(batch) > SETTLING_STEPS)
+            self._step_until(lambda: self._started == batch and self._full_steps(batch) > SETTLING_STEPS)
             self._steps.clear()
             if self.loop is not None:
                 self.loop.times.clear()
@@ -85,7 +89,7 @@ class EngineAlone:
 
     @contextmanager
     def _asking(self, count: int, tokens: int, params: SamplingParams) -> Iterator[None]:
-        self._first.clear()
+        self._started = self._ended = 0
         self._steps.clear()
         self._prompts.clear()
         for _ in range(count):
@@ -111,10 +115,12 @@ class EngineAlone:
             case Granted(request_id=name, ticket=ticket):
                 prompt = self._prompts[name]
                 self._engine.handle(ROUTER, Prefill(name, 0, prompt, self._params, ticket, DEADLINE_S))
-            case FirstToken(request_id=name):
-                self._first[name] = time.perf_counter()
+            case FirstToken(tokens=tokens):
+                self._started += 1
+                self._ended += sum(token.finish_reason is not None for token in tokens)
             case StepTokens(tokens=tokens):
                 self._steps.append((time.perf_counter(), len(tokens)))
+                self._ended += sum(token.finish_reason is not None for token in tokens)
             case Failed(message=message):
                 raise SplitserveError(message)
 
