@@ -24,6 +24,7 @@ from splitserve.engine.serving import IDLE_WAIT_MS, serve
 from splitserve.models.layers import SingleRank, TensorParallel
 from splitserve.models.resolve import load_model_config, resolve_model
 from splitserve.models.weights import load_model
+from splitserve.prefill_worker.runner import PrefillRunner, supports_model
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +124,10 @@ class Worker:
         )
         self._limits = ModelLimits(settings.context, config.vocab_size, frozenset(config.eos_token_ids))
         layout = config.kv_layout(spec.tp, pool.page_size, settings.dtype)
-        return ModelRunner(model, KvCache(layout, pages_for_budget(layout, pool.kv_memory), device), device)
+        cache = KvCache(layout, pages_for_budget(layout, pool.kv_memory), device)
+        if device.type == "cuda" and spec.role != "decode" and supports_model(config):
+            return PrefillRunner(model, cache, device)
+        return ModelRunner(model, cache, device)
 
     def _note_progress(self, done: int, total: int) -> None:
         self.progress = (done, total)
