@@ -37,7 +37,7 @@ class PrefillTiles:
 
 def prefill_tiles(dtype: torch.dtype) -> PrefillTiles:
     """Measured on an H100; docs/LOG.md has the runners-up."""
-    return PrefillTiles(32, 8, 1) if dtype == torch.float32 else PrefillTiles(128, 8, 2)
+    return PrefillTiles(32, 8, 1) if dtype == torch.float32 else PrefillTiles(64, 8, 3)
 
 
 def supports_heads(*dims: int) -> bool:
