@@ -1,9 +1,16 @@
-"""All GPU benchmarks, one after the other: `make gpu-bench`. Ten minutes on one H100."""
+"""All GPU benchmarks, one after the other: `make gpu-bench`. Twelve minutes on one H100."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
-for module in ("benchmarks.gpu_decode", "benchmarks.kernels.moe_experts", "benchmarks.kernels.decode_attention"):
+MODULES = (
+    "benchmarks.gpu_decode",
+    "benchmarks.gpu_prefill",
+    "benchmarks.kernels.moe_experts",
+    "benchmarks.kernels.decode_attention",
+    "benchmarks.kernels.prefill_attention",
+)
+for module in MODULES:
     subprocess.run([sys.executable, "-m", module], check=True)

@@ -17,6 +17,7 @@ from splitserve.models.config import ModelConfig
 from splitserve.models.layers import TensorParallel
 from splitserve.models.resolve import load_model_config, resolve_model
 from splitserve.models.weights import load_model
+from splitserve.prefill_worker.runner import PrefillRunner, supports_model
 
 
 @dataclass(frozen=True)
@@ -48,4 +49,6 @@ def load_rank(spec: RankSpec, group: TensorParallel, progress: Callable[[int, in
     limits = ModelLimits(settings.context, config.vocab_size, frozenset(config.eos_token_ids))
     layout = config.kv_layout(spec.tp, pool.page_size, settings.dtype)
     cache = KvCache(layout, pages_for_budget(layout, pool.kv_memory), device)
-    return LoadedRank(config, ModelRunner(model, cache, device), limits)
+    prefills = device.type == "cuda" and spec.role != "decode" and supports_model(config)
+    runner = PrefillRunner(model, cache, device) if prefills else ModelRunner(model, cache, device)
+    return LoadedRank(config, runner, limits)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+GATHER_ROWS = 4
 CHUNK = 4096  # choices that one program ranks; more of them are counted by a kernel of its own first
 
 
@@ -67,14 +68,38 @@ def block_schedule(
     slots, experts, num_blocks, counts = (
         chosen.new_empty(size, dtype=torch.int32) for size in (blocks * block_m, blocks, 1, chunks * bins)
     )
-    shape = {"ROWS": chosen.shape[0], "TOP_K": chosen.shape[1], "FIRST": first_expert, "EXPERTS": num_experts}
+    shape = {"TOP_K": chosen.shape[1], "FIRST": first_expert, "EXPERTS": num_experts}
     options = {"CHUNK": chunk, "BINS": bins, "PDL": pdl, "launch_pdl": pdl, "num_warps": 4 if chunk <= 1024 else 8}
     if chunks > 1:
-        _count_kernel[(chunks,)](chosen, live_rows, counts, **shape, **options)
+        _count_kernel[(chunks,)](chosen, live_rows, counts, chosen.shape[0], **shape, **options)
     _place_kernel[(num_experts, chunks)](
-        chosen, live_rows, counts, slots, experts, num_blocks, CHUNKS=chunks, BLOCK_M=block_m, **shape, **options
+        chosen,
+        live_rows,
+        counts,
+        slots,
+        experts,
+        num_blocks,
+        chosen.shape[0],
+        ONE_CHUNK=chunks == 1,
+        BLOCK_M=block_m,
+        **shape,
+        **options,
     )
     return BlockSchedule(slots, experts, num_blocks, block_m)
+
+
+def gather_slots(x: torch.Tensor, schedule: BlockSchedule, top_k: int) -> torch.Tensor:
+    """The rows of `x` [rows, hidden] in the order of slots [max_blocks * block_m, hidden].
+
+    Slots of no choice hold row 0, those behind the live blocks anything.
+    """
+    rows = x.new_empty(schedule.slots.numel(), x.shape[1])
+    _gather_kernel[(len(rows) // GATHER_ROWS,)](
+        x, schedule.slots, rows, schedule.num_blocks,
+        HIDDEN=x.shape[1], BLOCK=triton.next_power_of_2(x.shape[1]), TOP_K=top_k, BLOCK_M=schedule.block_m,
+        ROWS=GATHER_ROWS,
+    )  # fmt: skip
+    return rows
 
 
 def block_schedule_reference(
@@ -93,20 +118,20 @@ def block_schedule_reference(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _live_choices(  # type: ignore[no-untyped-def]
-    chosen, live_rows, chunk,
-    ROWS: tl.constexpr, TOP_K: tl.constexpr, FIRST: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
+    chosen, live_rows, chunk, rows,
+    TOP_K: tl.constexpr, FIRST: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """A chunk's choices and their experts, -1 where a choice does not count."""
     choices = chunk * CHUNK + tl.arange(0, CHUNK)
-    live = choices < tl.minimum(tl.load(live_rows), ROWS) * TOP_K
+    live = choices < tl.minimum(tl.load(live_rows), rows) * TOP_K
     experts = tl.load(chosen + choices, mask=live, other=0).to(tl.int32) - FIRST
     return choices, tl.where(live & (experts >= 0) & (experts < EXPERTS), experts, -1)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def _count_kernel(  # type: ignore[no-untyped-def]
-    chosen, live_rows, counts,
-    ROWS: tl.constexpr, TOP_K: tl.constexpr, FIRST: tl.constexpr, EXPERTS: tl.constexpr,
+    chosen, live_rows, counts, rows,
+    TOP_K: tl.constexpr, FIRST: tl.constexpr, EXPERTS: tl.constexpr,
     CHUNK: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """counts [chunks, BINS]: how often a chunk's choices name each expert."""
@@ -114,30 +139,30 @@ def _count_kernel(  # type: ignore[no-untyped-def]
         gdc_wait()
         gdc_launch_dependents()
     chunk = tl.program_id(0)
-    _, experts = _live_choices(chosen, live_rows, chunk, ROWS, TOP_K, FIRST, EXPERTS, CHUNK)
+    _, experts = _live_choices(chosen, live_rows, chunk, rows, TOP_K, FIRST, EXPERTS, CHUNK)
     tl.store(counts + chunk * BINS + tl.arange(0, BINS), tl.histogram(experts, BINS, mask=experts >= 0))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def _place_kernel(  # type: ignore[no-untyped-def]
-    chosen, live_rows, counts, slots, block_experts, num_blocks,
-    ROWS: tl.constexpr, TOP_K: tl.constexpr, FIRST: tl.constexpr, EXPERTS: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
+    chosen, live_rows, counts, slots, block_experts, num_blocks, rows,
+    TOP_K: tl.constexpr, FIRST: tl.constexpr, EXPERTS: tl.constexpr,
+    CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (expert, chunk) gives slots to the chunk's choices of that expert."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     expert, chunk = tl.program_id(0), tl.program_id(1)
-    choices, experts = _live_choices(chosen, live_rows, chunk, ROWS, TOP_K, FIRST, EXPERTS, CHUNK)
+    choices, experts = _live_choices(chosen, live_rows, chunk, rows, TOP_K, FIRST, EXPERTS, CHUNK)
     bins = tl.arange(0, BINS)
-    if CHUNKS == 1:
+    if ONE_CHUNK:
         totals = tl.histogram(experts, BINS, mask=experts >= 0)
         before = 0
     else:
         totals = tl.zeros((BINS,), tl.int32)
         before = 0
-        for other in range(CHUNKS):
+        for other in range(tl.num_programs(1)):
             count = tl.load(counts + other * BINS + bins)
             totals += count
             before += tl.sum(tl.where((bins == expert) & (other < chunk), count, 0))
@@ -157,3 +182,17 @@ def _place_kernel(  # type: ignore[no-untyped-def]
             tl.store(block_experts + first_block + block, expert, mask=block < own_blocks)
         if expert == 0:
             tl.store(num_blocks, tl.sum(blocks))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gather_kernel(  # type: ignore[no-untyped-def]
+    x, slots, rows, num_blocks,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if tl.program_id(0) * ROWS >= tl.load(num_blocks) * BLOCK_M:
+        return
+    token = tl.maximum(tl.load(slots + slot), 0) // TOP_K
+    column = tl.arange(0, BLOCK)[None, :]
+    values = tl.load(x + token.to(tl.int64)[:, None] * HIDDEN + column, mask=column < HIDDEN)
+    tl.store(rows + slot.to(tl.int64)[:, None] * HIDDEN + column, values, mask=column < HIDDEN)

@@ -26,7 +26,8 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 def apply_rope_interleaved(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Like `apply_rope` for heads in the interleaved form, which come out in the NeoX form; into `out` if given.
+    """Like `apply_rope` for heads in the interleaved form, which come out in the NeoX form; into `out` if given, which
+    on a GPU may be `x` itself.
 
     Queries and keys alike, so that their products are what they were.
     """
@@ -92,6 +93,7 @@ def _rope(
     low, high = low.to(tl.float32), high.to(tl.float32)
     angle = token * 2 * half + half + pair  # the second half: there the sine has its own sign
     cosine, sine = tl.load(cos + angle, mask=pair < half), tl.load(sin + angle, mask=pair < half)
+    tl.debug_barrier()  # `turned` may be `x`: no thread stores before all have loaded
     target = turned + token * turned_token_stride + head * turned_head_stride + pair
     tl.store(target, (low * cosine - high * sine).to(turned.dtype.element_ty), mask=within)
     tl.store(target + half, (high * cosine + low * sine).to(turned.dtype.element_ty), mask=within)

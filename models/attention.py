@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -27,6 +27,21 @@ class Sequences(Protocol):
         """How many of a layer's `rows` count, int32 [1] on the device; the others are padding."""
 
 
+@runtime_checkable
+class ExpandsLatents(Protocol):
+    """`Sequences` for which MLA multiplies latents up to keys and values of every head, which costs fewer operations
+    than absorbing the up-projection where queries are many."""
+
+    def attend_expanded(
+        self, q: torch.Tensor, cache_layer: torch.Tensor, up: torch.Tensor, scale: float, value_dim: int
+    ) -> torch.Tensor:
+        """Attend from `q` [tokens, heads, plain + rotary] -> [tokens, heads, value_dim].
+
+        `up` [heads, plain + value_dim, rank] makes keys and values of the first `rank` numbers of a latent; the others
+        are the rotary key of all heads.
+        """
+
+
 class Attention(Protocol):
     """One layer's attention: keys and values first, so that they can travel while the rest is computed."""
 
@@ -35,7 +50,12 @@ class Attention(Protocol):
     def pack(self) -> None: ...
 
     def project(
-        self, x: torch.Tensor, angles: Angles, cache_layer: torch.Tensor, slot_mapping: torch.Tensor
+        self,
+        x: torch.Tensor,
+        angles: Angles,
+        cache_layer: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        sequences: Sequences,
     ) -> torch.Tensor:
         """Write what later tokens need of `x` [tokens, hidden] into the cache; returns the queries."""
 
@@ -68,7 +88,12 @@ class GroupedQueryAttention:
         self._output.pack()
 
     def project(
-        self, x: torch.Tensor, angles: Angles, cache_layer: torch.Tensor, slot_mapping: torch.Tensor
+        self,
+        x: torch.Tensor,
+        angles: Angles,
+        cache_layer: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        sequences: Sequences,
     ) -> torch.Tensor:
         """Queries [tokens, heads, dim], turned to their positions."""
         heads = self._qkv(x).view(len(x), -1, self._dim)

@@ -100,7 +100,7 @@ class Decoder:
         residual = self._embedding(token_ids)
         normed = rms_norm(residual, self._layers[0].input_norm, self._eps)
         for index, (layer, cache_layer) in enumerate(zip(self._layers, kv_cache, strict=True)):
-            q = layer.attention.project(normed, angles, cache_layer, slot_mapping)
+            q = layer.attention.project(normed, angles, cache_layer, slot_mapping, sequences)
             if on_layer:
                 on_layer(index)
             attended = layer.attention.attend(q, cache_layer, sequences)

@@ -1,8 +1,9 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), in its absorbed form.
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
 
-The cache keeps one latent a token: the compressed KV and the rotary key that all heads share. With the up-projection
-of keys moved over to the queries and that of values behind the attention, every head attends over the latents
-themselves, as to one KV head whose values are the first `kv_lora_rank` numbers of its keys.
+The cache keeps one latent a token: the compressed KV and the rotary key that all heads share. In the absorbed form,
+with the up-projection of keys moved over to the queries and that of values behind the attention, every head attends
+over the latents themselves, as to one KV head whose values are the first `kv_lora_rank` numbers of its keys. In the
+expanded form, for sequences that ask for it (`ExpandsLatents`), every head has keys and values of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from splitserve.kernels.latent_write import write_latent
 from splitserve.kernels.rms_norm import rms_norm
 from splitserve.kernels.rope import apply_rope_interleaved
-from splitserve.models.attention import Angles, Sequences
+from splitserve.models.attention import Angles, ExpandsLatents, Sequences
 from splitserve.models.config import MlaConfig, ModelConfig
 from splitserve.models.layers import (
     HeadwiseLinear,
@@ -57,25 +58,34 @@ class LatentAttention:
 
     def pack(self) -> None:
         key_up, value_up = torch.split(self._up, [self._mla.qk_nope_head_dim, self._mla.v_head_dim], dim=1)
-        self._absorb_keys = HeadwiseLinear(key_up.transpose(1, 2).contiguous())
-        self._expand_values = HeadwiseLinear(value_up.contiguous())
-        del self._up
+        self._absorb_keys = HeadwiseLinear(key_up.transpose(1, 2))
+        self._expand_values = HeadwiseLinear(value_up)
+        if self._up.is_cpu:  # packed there, a view elsewhere
+            del self._up
         self._down.pack()
         self._output.pack()
         if self._query_up is not None:
             self._query_up.pack()
 
     def project(
-        self, x: torch.Tensor, angles: Angles, cache_layer: torch.Tensor, slot_mapping: torch.Tensor
+        self,
+        x: torch.Tensor,
+        angles: Angles,
+        cache_layer: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        sequences: Sequences,
     ) -> torch.Tensor:
-        """Queries [tokens, heads, latent_dim]: the absorbed part, then the rotary one."""
+        """Queries [tokens, heads, latent_dim], the absorbed part before the rotary one; expanded: [.., head_dim]."""
         mla = self._mla
         q, latent = torch.split(self._down(x), self._split, dim=-1)
         write_latent(latent, self._latent_norm, self._eps, *angles, cache_layer, slot_mapping)
         if self._query_norm is not None and self._query_up is not None:
             q = self._query_up(rms_norm(q, self._query_norm, self._eps))
-        q = q.unflatten(-1, (self._heads, -1))  # type: ignore[no-untyped-call]
-        plain, turning = torch.split(q, [mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
+        queries: torch.Tensor = q.unflatten(-1, (self._heads, -1))  # type: ignore[no-untyped-call]
+        plain, turning = torch.split(queries, [mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
+        if isinstance(sequences, ExpandsLatents):
+            apply_rope_interleaved(turning, *angles, out=turning)
+            return queries
         queries = torch.empty(len(x), self._heads, mla.latent_dim, dtype=x.dtype, device=x.device)
         absorbed, turned = torch.split(queries, [mla.kv_lora_rank, mla.qk_rope_head_dim], dim=-1)
         self._absorb_keys(plain, absorbed)
@@ -83,6 +93,9 @@ class LatentAttention:
         return queries
 
     def attend(self, q: torch.Tensor, cache_layer: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        if isinstance(sequences, ExpandsLatents):
+            values = sequences.attend_expanded(q, cache_layer, self._up, self._scale, self._mla.v_head_dim)
+            return self._output(values.flatten(1))
         mixed = sequences.attend(q, cache_layer, self._scale, self._mla.kv_lora_rank)
         values = mixed.new_empty(len(q), self._heads, self._mla.v_head_dim)
         self._expand_values(mixed, values)

@@ -110,7 +110,7 @@ class HeadwiseLinear:
     """A product of its own for each head. `weight` [heads, out, in] is packed here."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self._packed = [pack(head) for head in weight] if weight.is_cpu else []
+        self._packed = [pack(head.contiguous()) for head in weight] if weight.is_cpu else []
         self._transposed = None if weight.is_cpu else weight.transpose(1, 2)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:

@@ -33,7 +33,16 @@ def test_two_workers_share_a_gpu(tiny_model: Path, tmp_path: Path) -> None:
         assert "decode/0/0" in status
         ask = ("generate", "--cluster", name, "--text", "The quick brown fox", "--max-tokens", 24)
         alone = succeed(*ask)
-        load = ("--requests", 48, "--concurrency", 32, "--prompt-tokens", "uniform:1:300", "--output-tokens", "uniform:1:60")
+        load = (
+            "--requests",
+            48,
+            "--concurrency",
+            32,
+            "--prompt-tokens",
+            "uniform:1:300",
+            "--output-tokens",
+            "uniform:1:60",
+        )
         succeed("bench", "--cluster", name, *load, "--json", figures, timeout_s=120)
         assert json.loads(figures.read_text())["summary"]["errors"] == {}
         assert succeed(*ask) == alone

@@ -1,0 +1,108 @@
+"""Runs prefill batches on a GPU: packed chunks, one copy to the device, no waiting for it.
+
+Small batches replay a CUDA graph, because launching some hundreds of kernels would take the host longer than they take
+the GPU. A graph is captured for a number of tokens and a size of contexts; all graphs share one pool of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from splitserve.engine.batch import Batch
+from splitserve.engine.kv_cache import KvCache
+from splitserve.engine.runner import ModelRunner
+from splitserve.kernels.prefill_attention import QUERY_TILE, supports_heads
+from splitserve.models.config import ModelConfig
+from splitserve.models.decoder import Decoder
+from splitserve.prefill_worker.packed_attention import PackedSequences
+from splitserve.prefill_worker.packed_batch import DeviceBatch, PackedBatch, Sizes, pack_batch
+
+GRAPH_TOKENS = (256, 512, 1024, 2048)
+GRAPH_CONTEXTS = (2048, 16384)
+GRAPH_SEQUENCES = 64
+
+
+def supports_model(config: ModelConfig) -> bool:
+    """Whether `PrefillRunner` has kernels for the widths of a model's heads."""
+    mla = config.mla
+    return supports_heads(*((mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim) if mla else [config.head_dim]))
+
+
+class PrefillRunner(ModelRunner):
+    """A `ModelRunner` for prefill on a GPU; steps of decode, chunks of one token each, are right but slow.
+
+    Construction captures graphs for `graph_tokens`, on engines of one rank only.
+    """
+
+    def __init__(
+        self, model: Decoder, cache: KvCache, device: torch.device, graph_tokens: Sequence[int] = GRAPH_TOKENS
+    ) -> None:
+        super().__init__(model, cache, device)
+        self._decoder, self._on = model, device
+        self._graphs: list[PrefillGraph] = []
+        if graph_tokens and cache.layout.tp == 1:
+            self._capture(graph_tokens)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
+        """As `ModelRunner.run`; with a graph, `on_layer` is called for all layers after it."""
+        packed = pack_batch(batch, self.cache.layout.page_size)
+        graph = next((graph for graph in self._graphs if graph.sizes.hold(packed.sizes)), None)
+        if graph is None:
+            buffer = packed.buffer(packed.sizes, pinned=self._on.type == "cuda").to(self._on, non_blocking=True)
+            tensors = DeviceBatch.of(buffer, packed.sizes)
+            hidden = forward(self._decoder, self.cache, tensors, on_layer)
+        else:
+            tensors, hidden = graph.batch, graph.replay(packed)
+            for layer in range(len(self.cache.layers) if on_layer else 0):
+                on_layer(layer)  # type: ignore[misc]
+        if not packed.num_logits:
+            return hidden.new_empty((0, 0), dtype=torch.float32)
+        return self._decoder.logits(hidden[tensors.logit_rows[: packed.num_logits]])
+
+    def _capture(self, graph_tokens: Sequence[int]) -> None:
+        pool, page_size = torch.cuda.graph_pool_handle(), self.cache.layout.page_size
+        for tokens in sorted(graph_tokens, reverse=True):  # the largest first: the others find room in its memory
+            for context in sorted(GRAPH_CONTEXTS, reverse=True):
+                rows = max(context, 2 * tokens)
+                sizes = Sizes(tokens, -(-tokens // QUERY_TILE) + GRAPH_SEQUENCES, -(-rows // page_size))
+                self._graphs.insert(0, PrefillGraph(self._decoder, self.cache, sizes, self._on, pool))
+
+
+class PrefillGraph:
+    """The forward pass for batches of up to `sizes`; `batch` is read by each replay."""
+
+    def __init__(self, model: Decoder, cache: KvCache, sizes: Sizes, device: torch.device, pool: Any) -> None:
+        self.sizes = sizes
+        self._buffer = torch.zeros(sum(sizes.parts), dtype=torch.int64, device=device)
+        self.batch = DeviceBatch.of(self._buffer, sizes)
+        self.batch.slots.fill_(-1)
+        self._graph = torch.cuda.CUDAGraph()
+        self._capture(model, cache, pool)
+
+    def replay(self, packed: PackedBatch) -> torch.Tensor:
+        """Run `packed`; returns the hidden states [tokens, hidden], to be read before the next replay."""
+        self._buffer.copy_(packed.buffer(self.sizes, pinned=True), non_blocking=True)
+        self._graph.replay()
+        return self._hidden
+
+    @torch.inference_mode()
+    def _capture(self, model: Decoder, cache: KvCache, pool: Any) -> None:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            forward(model, cache, self.batch)  # compiles kernels, which a capture cannot
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._hidden = forward(model, cache, self.batch)
+
+
+def forward(
+    model: Decoder, cache: KvCache, batch: DeviceBatch, on_layer: Callable[[int], None] | None = None
+) -> torch.Tensor:
+    """Hidden states [tokens, hidden]."""
+    sequences = PackedSequences(batch)
+    return model.forward(batch.token_ids, batch.positions, cache.layers, sequences, batch.slots, on_layer)
