@@ -46,6 +46,11 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
+    @property
+    def penalised(self) -> bool:
+        """Whether what was said already changes the logits."""
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+
     def validate(self, vocab_size: int) -> None:
         """Raise InvalidRequest naming the first field that is out of its range."""
         _between("max_tokens", self.max_tokens, 1, 2**31)

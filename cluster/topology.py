@@ -63,6 +63,10 @@ class Model(_Section):
         description="arithmetic and KV cache: float32 repeats tokens exactly on CPU, bfloat16 suits GPUs",
     )
     context: int = Field(default=2048, ge=2, description="longest sequence in tokens, prompt and answer together")
+    deterministic: bool = Field(
+        default=False,
+        description="on GPUs, the same bits in any slot, batch, capacity and packing, at a price; CPUs always do that",
+    )
     load_format: Literal["auto", "dummy"] = Field(
         default="auto", description="auto reads the weights; dummy makes random ones and needs only the config"
     )
@@ -149,6 +153,9 @@ class Pool(_Section):
 
     replicas: int = Field(default=1, ge=1, le=1024, description="copies of the model")
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="where its ranks compute")
+    gpu_fraction: Annotated[float, Field(ge=0.01, le=1)] = Field(
+        default=1.0, description="share of a GPU and its memory that a rank takes; below 1, ranks share GPUs"
+    )
     layout: Layout = Field(default=Layout(), description="how a replica's ranks share the model")
     kv_memory: Bytes = Field(default=512 * 2**20, description="KV cache of one rank, in bytes, such as 512MiB")
     page_size: Literal[16, 32, 64, 128] = Field(default=64, description="tokens in a KV page")
@@ -158,6 +165,14 @@ class Pool(_Section):
     threads: int = Field(default=1, ge=1, le=1024, description="CPU threads of one rank")
     prefix_cache: bool = Field(default=True, description="whether KV of equal prompt beginnings is reused")
     node_resource: Resource = Field(default=None, description="Ray custom resource of the nodes that its ranks run on")
+
+    @field_validator("layout")
+    @classmethod
+    def _whole_gpus(cls, value: Layout, info: ValidationInfo) -> Layout:
+        fraction = info.data.get("gpu_fraction", 1.0)
+        if fraction < 1 and value.tp > 1:
+            raise ValueError(f"expected tp 1 where gpu_fraction is {fraction:g}: an engine's ranks need their own GPUs")
+        return value
 
 
 class PrefillPool(Pool):
@@ -175,7 +190,12 @@ class DecodePool(Pool):
     """Engines that compute answers; both prompts and answers where the cluster is colocated."""
 
     slots: int = Field(
-        default=32, ge=1, le=65536, validate_default=True, description="sequences decoded at once by an engine"
+        default=32, ge=1, le=4096, validate_default=True, description="sequences decoded at once by an engine"
+    )
+    capacities: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
+        default=(16, 64, 256),
+        max_length=16,
+        description="numbers of sequences that a GPU captures a decode graph for; those below slots, and slots itself",
     )
     chunk_tokens: int | None = Field(
         default=None, ge=1, le=65536, description="prompt tokens computed in one step; only where colocated is true"
@@ -188,6 +208,11 @@ class DecodePool(Pool):
         if value > held:
             raise ValueError(f"expected at most max_sequences, {held}: more slots could never fill")
         return value
+
+    @property
+    def graph_capacities(self) -> tuple[int, ...]:
+        """Rows of the decode graphs, ascending; the last one is `slots`."""
+        return (*sorted({capacity for capacity in self.capacities if capacity < self.slots}), self.slots)
 
 
 class KvTransfer(_Section):

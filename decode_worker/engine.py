@@ -39,10 +39,9 @@ from splitserve.cluster.messages import (
 )
 from splitserve.decode_worker.inlet import KvInlet, Landed, Lost
 from splitserve.decode_worker.slots import Slots
-from splitserve.engine.batch import Batch, Chunk
+from splitserve.decode_worker.steps import Outcome, Steps
 from splitserve.engine.block_manager import BlockManager, BlockTable
-from splitserve.engine.ranks import CopyPages, Ranks, RunBatch
-from splitserve.engine.sampler import SampledToken, sample
+from splitserve.engine.ranks import CopyPages, Ranks
 from splitserve.engine.sequence import ModelLimits, Sequence
 from splitserve.engine.serving import Send
 
@@ -84,6 +83,7 @@ class DecodeEngine:
         name: str,
         incarnation: str,
         ranks: Ranks,
+        steps: Steps,
         blocks: BlockManager,
         layout: KvLayout,
         inlet: KvInlet,
@@ -92,7 +92,7 @@ class DecodeEngine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name, self._incarnation, self._layout = name, incarnation, layout
-        self._ranks, self._blocks, self._inlet = ranks, blocks, inlet
+        self._ranks, self._steps, self._blocks, self._inlet = ranks, steps, blocks, inlet
         self._limits, self._send, self._clock = limits, send, clock
         self._requests: dict[str, _Request] = {}
         self._slots = Slots(ranks, blocks, limits.slots)
@@ -109,13 +109,12 @@ class DecodeEngine:
     def step(self) -> bool:
         """Let landed requests join, give every running sequence room, run the model once, send the new tokens."""
         self._settle_transfers()
-        running = self._slots.schedule()
-        if not running:
+        launched = self._steps.launch(self._slots.schedule())
+        outcomes = self._steps.results()
+        if not launched and not outcomes:
             self._fail_deadlocked()
             return False
-        logits = self._ranks.execute(RunBatch(Batch.of([Chunk(sequence, 1, 1) for sequence in running])))
-        sampled = sample(logits, [sequence.sampler_row() for sequence in running])
-        self._advance(running, sampled)
+        self._advance(outcomes)
         return True
 
     @property
@@ -236,12 +235,12 @@ class DecodeEngine:
         if sequence.take(first_token).finish_reason is not None or sample_index in request.cancelled:
             self._end(request, sequence)
 
-    def _advance(self, running: list[Sequence], sampled: list[SampledToken | None]) -> None:
+    def _advance(self, outcomes: list[Outcome]) -> None:
         outgoing: dict[bytes, list[SampleToken]] = {}
-        for sequence, chosen in zip(running, sampled, strict=True):
+        for sequence, chosen in outcomes:
             request = self._requests.get(f"{sequence.request_id}/{sequence.attempt}")
-            if request is None:
-                continue  # failed a moment ago, through another of its samples
+            if request is None or sequence not in request.sequences:
+                continue  # it ended while this step was under way, or through another of its samples
             if chosen is None:
                 self._fail(request, ModelFailure("the model's logits are not finite"))
                 continue

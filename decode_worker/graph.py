@@ -1,16 +1,20 @@
-"""A decode step as one CUDA graph for a fixed number of slots, whatever the number of sequences in them.
+"""A decode step for a number of live slots up to a capacity, captured as one CUDA graph.
 
-    tokens, lengths, block table --replay--> next tokens, lengths + 1        all of it stays on the device
+    slots --gather--> rows --model--> logits --sampler--> tokens --finish--> slots, results     all of it on the device
 
-The graph is captured for a capacity, not for a batch size: how many slots are live, and how long their contexts are,
-kernels read on the device. Live slots come first; idle ones have length 0, load no expert and touch no page.
+The graph is captured for a capacity, not for a batch size: how many rows are live, and how long their contexts are,
+kernels read on the device. Rows behind the live ones have length 0, load no expert and touch no page.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from splitserve.engine.kv_cache import KvCache
+from splitserve.engine.slot_state import SlotState
 from splitserve.kernels.decode_attention import decode_attention
 from splitserve.kernels.decode_plan import (
     DecodeShape,
@@ -20,29 +24,29 @@ from splitserve.kernels.decode_plan import (
     plan_decode,
 )
 from splitserve.kernels.launch import num_sms
+from splitserve.kernels.sampling import new_sampled_rows, sample_rows
+from splitserve.kernels.sampling_scratch import new_sampler_scratch
+from splitserve.kernels.slot_rows import RESULT_WORDS, StepRows, finish_rows, gather_rows, new_step_rows
 from splitserve.models.config import ModelConfig
 from splitserve.models.decoder import Decoder
 
 WARM_UPS = 2
 
 
-class SlotAttention:
-    """The `Sequences` of a decode step: one query a slot."""
+class RowAttention:
+    """The `Sequences` of a decode step: one query a row, for rows of at most `max_tokens` tokens in all."""
 
-    def __init__(self, shape: DecodeShape, slots: int, max_pages: int, device: torch.device) -> None:
-        self._tiles = choose_tiles(shape, slots)
+    def __init__(self, shape: DecodeShape, rows: StepRows, max_tokens: int) -> None:
+        capacity, device = len(rows.slots), rows.slots.device
+        self._rows = rows
+        self._tiles = choose_tiles(shape, capacity)
         splits = self._tiles.splits
-        programs = self._tiles.programs(shape, num_sms(device))
-        self._plan = new_decode_plan(slots, programs, splits, device)
-        self._scratch = new_decode_scratch(shape, splits, slots, slots * max_pages * shape.page_size, device)
-        self.lengths = torch.zeros(slots, dtype=torch.int32, device=device)
-        self.block_table = torch.zeros(slots, max_pages, dtype=torch.int32, device=device)
-        self._live = torch.zeros(1, dtype=torch.int32, device=device)
+        self._plan = new_decode_plan(capacity, self._tiles.programs(shape, num_sms(device)), splits, device)
+        self._scratch = new_decode_scratch(shape, splits, capacity, max_tokens, device)
 
-    def begin_step(self) -> None:
-        """Plan the step for what `lengths` says now."""
-        plan_decode(self.lengths, self._plan)
-        torch.sum(self.lengths > 0, dim=0, keepdim=True, dtype=torch.int32, out=self._live)
+    def plan(self) -> None:
+        """Plan the step for the rows as they are now."""
+        plan_decode(self._rows.lengths, self._plan)
 
     def attend(
         self, q: torch.Tensor, cache_layer: torch.Tensor, scale: float, value_dim: int | None = None
@@ -50,8 +54,8 @@ class SlotAttention:
         attended = decode_attention(
             q.unsqueeze(1).contiguous(),
             cache_layer,
-            self.block_table,
-            self.lengths,
+            self._rows.block_table,
+            self._rows.lengths,
             scale,
             self._plan,
             self._scratch,
@@ -61,54 +65,72 @@ class SlotAttention:
         return attended.squeeze(1)
 
     def live_rows(self, rows: int) -> torch.Tensor:
-        return self._live
+        return self._rows.live
 
 
 class DecodeGraph:
-    """The captured step of `slots` slots, contexts of up to `max_pages` pages, greedy.
+    """The step of up to `capacity` of the slots in `state`, over the pages of `cache`.
 
-    `tokens` [slots] int64, `sequences.lengths` [slots] int32 (the tokens in the cache and the one to run) and
-    `sequences.block_table` [slots, max_pages] int32 are read and, but for the table, moved on by each `replay`.
+    `results` [capacity, 4] int32 are what `kernels.slot_rows.finish_rows` reports of the last step, `sampled` the
+    sampler's own. Rows have at most `max_tokens` tokens in all. Graphs that never run at once share a memory `pool`.
+    On a CPU, where kernels run in Triton's interpreter, a replay runs the step itself.
     """
 
-    def __init__(self, model: Decoder, config: ModelConfig, cache: KvCache, slots: int, max_pages: int) -> None:
-        layout, mla = cache.layout, config.mla
-        device = cache.layers[0].device
-        shape = DecodeShape(
-            heads=config.num_heads // layout.tp,
-            kv_heads=layout.heads_per_rank,
-            dim=layout.head_dim,
-            value_dim=mla.kv_lora_rank if mla else layout.head_dim,
-            page_size=layout.page_size,
-        )
-        self._model, self._cache = model, cache
-        self.sequences = SlotAttention(shape, slots, max_pages, device)
-        self.tokens = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._graph = torch.cuda.CUDAGraph()
-        self._capture()
-
-    def replay(self) -> None:
-        """Run one step; returns before it is done."""
-        self._graph.replay()
+    def __init__(
+        self,
+        model: Decoder,
+        config: ModelConfig,
+        cache: KvCache,
+        state: SlotState,
+        capacity: int,
+        max_tokens: int,
+        pool: Any = None,
+    ) -> None:
+        device, layout = cache.layers[0].device, state.layout
+        self._model, self._cache, self._state = model, cache, state
+        self._max_tokens = min(max_tokens, capacity * layout.max_pages * cache.layout.page_size)
+        self.rows = new_step_rows(capacity, layout.max_pages, device)
+        self.sampled = new_sampled_rows(capacity, device)
+        self.results = torch.full((capacity, RESULT_WORDS), -1, dtype=torch.int32, device=device)
+        self._attention = RowAttention(decode_shape(config, cache), self.rows, self._max_tokens)
+        self._scratch = new_sampler_scratch(capacity, layout.vocab_size, device)
+        self.replay: Callable[[], None] = self._capture(pool) if device.type == "cuda" else self.step
+        self.capacity = capacity
 
     @torch.inference_mode()
-    def _capture(self) -> None:
+    def step(self) -> None:
+        """What is captured: one step, kernel by kernel."""
+        rows = self.rows
+        gather_rows(self._state.table, rows, self._cache.layout.page_size, self._max_tokens)
+        self._attention.plan()
+        hidden = self._model.forward(rows.tokens, rows.positions, self._cache.layers, self._attention, rows.cache_slots)
+        logits = self._model.logits(hidden)
+        sample_rows(
+            logits, rows.slots, rows.next_positions, rows.live, self._state.sampler, self.sampled, self._scratch
+        )
+        sampled = self.sampled
+        finish_rows(self._state.table, rows, sampled.tokens, sampled.finite, sampled.logprob, self.results)
+
+    def _capture(self, pool: Any) -> Callable[[], None]:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 self.step()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self._graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self.step()
+        return graph.replay
 
-    def step(self) -> None:
-        """What is captured: one step, kernel by kernel."""
-        lengths, page_size = self.sequences.lengths, self._cache.layout.page_size
-        self.sequences.begin_step()
-        positions = (lengths - 1).clamp_(min=0).long()
-        pages = self.sequences.block_table.gather(1, (positions // page_size).unsqueeze(1)).squeeze(1)
-        slots = torch.where(lengths > 0, pages * page_size + positions % page_size, -1)
-        hidden = self._model.forward(self.tokens, positions, self._cache.layers, self.sequences, slots)
-        self.tokens.copy_(self._model.logits(hidden).argmax(-1))
-        lengths += (lengths > 0).int()
+
+def decode_shape(config: ModelConfig, cache: KvCache) -> DecodeShape:
+    """What decode attention needs to know of one rank's layers."""
+    layout, mla = cache.layout, config.mla
+    return DecodeShape(
+        heads=config.num_heads // layout.tp,
+        kv_heads=layout.heads_per_rank,
+        dim=layout.head_dim,
+        value_dim=mla.kv_lora_rank if mla else layout.head_dim,
+        page_size=layout.page_size,
+    )

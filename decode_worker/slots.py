@@ -63,7 +63,7 @@ class Slots:
 
     def _grow(self, sequence: Sequence) -> bool:
         assert sequence.table is not None
-        while not self._blocks.append(sequence.table, len(sequence.token_ids)):
+        while not self._blocks.append(sequence.table, sequence.tokens_to_hold):
             victim = self._running[-1]
             if not self._park(victim):
                 return False

@@ -6,18 +6,23 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import RankEndpoint
 from splitserve.cluster.rank_spec import RankSpec
 from splitserve.cluster.topology import DEFAULT_CHUNK_TOKENS
+from splitserve.decode_worker.device_loop import DecodeLoop, slot_layout
 from splitserve.decode_worker.engine import DecodeEngine, DecodeLimits
 from splitserve.decode_worker.inlet import KvInlet, ReceiveInlet, ReceiveService
+from splitserve.decode_worker.steps import GraphSteps, Steps, StepwiseSteps
 from splitserve.deploy.colocated import ColocatedEngine, LocalInlet, LocalOutlet
+from splitserve.deploy.loading import LoadedRank
 from splitserve.engine.block_manager import BlockManager
+from splitserve.engine.device_sampler import DeviceSampler, HostSampler
 from splitserve.engine.parking import HostTier
 from splitserve.engine.ranks import ParkingService, Ranks, RankService
 from splitserve.engine.runner import ModelRunner
-from splitserve.engine.sequence import ModelLimits
 from splitserve.engine.serving import Engine, Send
 from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.sender import KvSender
@@ -42,28 +47,34 @@ class Leader:
     """What an engine's leader builds its engine from; `endpoints` are those of all ranks, in order."""
 
     spec: RankSpec
+    loaded: LoadedRank
     ranks: Ranks
-    layout: KvLayout
-    num_pages: int
-    model: ModelLimits
     endpoints: Sequence[RankEndpoint]
     send: Send
 
+    @property
+    def layout(self) -> KvLayout:
+        return self.loaded.runner.cache.layout
 
-def rank_parts(spec: RankSpec, runner: ModelRunner) -> RankParts:
+
+def rank_parts(spec: RankSpec, loaded: LoadedRank) -> RankParts:
     """The parts of one rank. Raises StartupError when a socket or staging memory cannot be had."""
+    runner = loaded.runner
     if spec.role == "prefill":
         return _prefill_rank(spec, runner)
-    parking = ParkingService(runner, HostTier(spec.topology.kv_transfer.host_tier))
+    services: tuple[RankService, ...] = (ParkingService(runner, HostTier(spec.topology.kv_transfer.host_tier)),)
+    if spec.device != "cpu":
+        capacities, context = spec.topology.decode.graph_capacities, spec.topology.model.context
+        services += (DecodeLoop(runner.model, loaded.config, runner.cache, capacities, context),)
     if spec.role == "colocated":
-        return RankParts((parking,), None, lambda: None)
-    return _decode_rank(spec, runner, parking)
+        return RankParts(services, None, lambda: None)
+    return _decode_rank(spec, runner, services)
 
 
 def build_engine(leader: Leader) -> Engine:
     """The engine of `leader`'s role."""
     pool = leader.spec.topology.pool(leader.spec.role)
-    blocks = BlockManager(leader.num_pages, pool.page_size, pool.prefix_cache)
+    blocks = BlockManager(leader.loaded.runner.cache.num_pages, pool.page_size, pool.prefix_cache)
     lease_s = leader.spec.topology.kv_transfer.lease_s
     if leader.spec.role == "prefill":
         return _prefill_engine(leader, blocks, SendOutlet(leader.ranks, blocks))
@@ -81,7 +92,7 @@ def _prefill_rank(spec: RankSpec, runner: ModelRunner) -> RankParts:
     return RankParts((SendService(runner, sender),), None, sender.close)
 
 
-def _decode_rank(spec: RankSpec, runner: ModelRunner, parking: ParkingService) -> RankParts:
+def _decode_rank(spec: RankSpec, runner: ModelRunner, services: tuple[RankService, ...]) -> RankParts:
     settings = spec.topology.kv_transfer
     control = TcpReceiver(spec.bind, spec.keys)
     address = control.endpoint
@@ -94,20 +105,33 @@ def _decode_rank(spec: RankSpec, runner: ModelRunner, parking: ParkingService) -
         transport = ShmReceiver(control, segment)
         receiver = KvReceiver(runner.cache, spec.tp_rank, settings.staging, transport, time.monotonic)
         endpoint = RankEndpoint(address, "shm", host_id(), segment.name, 0, 0)
-    return RankParts((parking, ReceiveService(receiver)), endpoint, receiver.close)
+    return RankParts((*services, ReceiveService(receiver)), endpoint, receiver.close)
 
 
 def _prefill_engine(leader: Leader, blocks: BlockManager, outlet: KvOutlet) -> PrefillEngine:
     spec = leader.spec
     pool = spec.topology.pool(spec.role)
-    limits = PrefillLimits(pool.chunk_tokens or DEFAULT_CHUNK_TOKENS, pool.max_sequences, leader.model)
+    limits = PrefillLimits(pool.chunk_tokens or DEFAULT_CHUNK_TOKENS, pool.max_sequences, leader.loaded.limits)
+    vocab_size, device = leader.loaded.config.vocab_size, torch.device(spec.device)
+    chooser = HostSampler() if device.type == "cpu" else DeviceSampler(vocab_size, device)
     return PrefillEngine(
-        spec.engine, spec.incarnation, leader.ranks, blocks, leader.layout, outlet, limits, leader.send
+        spec.engine, spec.incarnation, leader.ranks, blocks, leader.layout, outlet, chooser, limits, leader.send
     )
 
 
 def _decode_engine(leader: Leader, blocks: BlockManager, inlet: KvInlet) -> DecodeEngine:
     spec = leader.spec
     pool = spec.topology.decode
-    limits = DecodeLimits(pool.slots, pool.max_sequences, leader.model)
-    return DecodeEngine(spec.engine, spec.incarnation, leader.ranks, blocks, leader.layout, inlet, limits, leader.send)
+    limits = DecodeLimits(pool.slots, pool.max_sequences, leader.loaded.limits)
+    return DecodeEngine(
+        spec.engine, spec.incarnation, leader.ranks, _steps(leader), blocks, leader.layout, inlet, limits, leader.send
+    )
+
+
+def _steps(leader: Leader) -> Steps:
+    spec = leader.spec
+    if spec.device == "cpu":
+        return StepwiseSteps(leader.ranks)
+    capacities, page_size = spec.topology.decode.graph_capacities, leader.layout.page_size
+    layout = slot_layout(leader.loaded.config, capacities, spec.topology.model.context, page_size)
+    return GraphSteps(leader.ranks, layout, capacities, page_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -91,7 +92,7 @@ class Plan:
 
     @property
     def gpus(self) -> int:
-        return sum(len(pool.ranks) for pool in self.pools if pool.device == "cuda")
+        return len({rank.slot for pool in self.pools if pool.device == "cuda" for rank in pool.ranks})
 
     @property
     def hosts(self) -> int:
@@ -164,12 +165,14 @@ def _memory_faults(file: TopologyFile, model: ModelConfig, role: Role) -> Iterat
     if pool.device == "cpu":
         return
     weights, staging = _weight_bytes(topology, model, pool), topology.kv_transfer.staging
-    left = topology.hosts.gpu_memory - weights - staging - GPU_RUNTIME_BYTES
+    memory = int(topology.hosts.gpu_memory * pool.gpu_fraction)
+    left = memory - weights - staging - GPU_RUNTIME_BYTES
     if pool.kv_memory > left:
         taken = ((weights, "weights"), (staging, "staging"), (GPU_RUNTIME_BYTES, "run time"))
         parts = ", ".join(f"{format_bytes(size)} of {what}" for size, what in taken)
         room = f"leave {format_bytes(left)} for KV" if left > 0 else "do not fit: share the model over more ranks"
-        expected = f"on a GPU of {format_bytes(topology.hosts.gpu_memory)}, {parts} {room}"
+        share = "a GPU" if pool.gpu_fraction == 1 else f"{pool.gpu_fraction:.0%} of a GPU"
+        expected = f"on {share} of {format_bytes(memory)}, {parts} {room}"
         yield file.error(field, format_bytes(pool.kv_memory), expected)
 
 
@@ -219,7 +222,7 @@ def _no_room(file: TopologyFile, role: Role) -> TopologyError:
         expected = f"expected at most the {hosts.gpus} GPUs of a host, or a multiple of them"
         return file.error(f"{_section(role)}.layout.tp", pool.layout.tp, expected)
     wanted = [topology.pool(each) for each in topology.roles if topology.pool(each).device == "cuda"]
-    total = sum(each.replicas * each.layout.ranks for each in wanted)
+    total = math.ceil(sum(each.replicas * each.layout.ranks * each.gpu_fraction for each in wanted))
     expected = f"the pools need {total} GPUs, those of an engine on one host: add hosts or GPUs, or ask for fewer ranks"
     return file.error("hosts", found, expected)
 

@@ -9,9 +9,12 @@ import sys
 from collections.abc import Mapping
 
 from splitserve.cluster.errors import InsufficientResources, InvalidRequest, StartupError
+from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.topology import Router, Topology
 from splitserve.cluster.units import format_bytes
 from splitserve.deploy.plan import Plan
+from splitserve.kernels.head_sizes import runs_on_gpu
+from splitserve.models.config import ModelConfig
 
 COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 GPU_COUNT_S = 120.0
@@ -56,6 +59,20 @@ def check_runnable(plan: Plan) -> None:
     for role in plan.topology.roles:
         if plan.model.moe is not None and plan.topology.pool(role).layout.dp > 1:
             raise StartupError(f"{role}.layout.dp: experts shared over several engines {not_yet}; use dp: 1")
+    for pool in plan.pools:
+        if pool.device == "cuda":
+            _check_gpu_model(plan.model, pool.kv_layout)
+
+
+def _check_gpu_model(model: ModelConfig, layout: KvLayout) -> None:
+    dim, value_dim = layout.head_dim, model.mla.kv_lora_rank if model.mla else layout.head_dim
+    if not runs_on_gpu(dim, value_dim):
+        sizes = f"{value_dim} + {dim - value_dim}" if model.mla else f"{dim}"
+        raise StartupError(
+            f"model.path: GPU kernels have no tiles for heads of {sizes}; expected powers of 2 from 16 on"
+        )
+    if model.moe is not None and layout.dtype != "bfloat16":
+        raise StartupError(f"model.dtype: experts in {layout.dtype} do not run on a GPU; use bfloat16")
 
 
 def check_host(plan: Plan) -> None:

@@ -200,7 +200,7 @@ def _resources(topology: Topology, unit: Unit) -> dict[str, float]:
         pool = topology.pool(unit.ranks[0].role)
         resources, node_resource = {"CPU": float(pool.threads)}, pool.node_resource
         if pool.device == "cuda":
-            resources["GPU"] = 1.0
+            resources["GPU"] = pool.gpu_fraction
     return resources if node_resource is None else resources | {node_resource: SLIVER}
 
 

@@ -15,16 +15,11 @@ from splitserve.cluster.errors import StartupError
 from splitserve.cluster.messages import Member, RankEndpoint
 from splitserve.cluster.rank_spec import RankSpec
 from splitserve.deploy.assembly import Leader, RankParts, build_engine, rank_parts
+from splitserve.deploy.loading import LoadedRank, load_rank
 from splitserve.engine.group import FollowerLink, GlooGroup, LeaderLink, NcclGroup, host_store, join_store
-from splitserve.engine.kv_cache import KvCache, pages_for_budget
 from splitserve.engine.ranks import Rank, Ranks
-from splitserve.engine.runner import ModelRunner
-from splitserve.engine.sequence import ModelLimits
 from splitserve.engine.serving import IDLE_WAIT_MS, serve
 from splitserve.models.layers import SingleRank, TensorParallel
-from splitserve.models.resolve import load_model_config, resolve_model
-from splitserve.models.weights import load_model
-from splitserve.prefill_worker.runner import PrefillRunner, supports_model
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +74,10 @@ class Worker:
             if self._spec.device != "cpu":
                 torch.cuda.set_device(self._spec.device)
             group = self._join_group()
-            runner = self._load(group)
-            parts = rank_parts(self._spec, runner)
+            loaded = load_rank(self._spec, group, self._note_progress)
+            parts = rank_parts(self._spec, loaded)
             try:
-                self._serve(runner, parts, stop)
+                self._serve(loaded, parts, stop)
             finally:
                 parts.close()
         finally:
@@ -107,40 +102,18 @@ class Worker:
             return GlooGroup(store, spec.tp_rank, spec.tp, spec.bind, COLLECTIVE_TIMEOUT_S)
         return NcclGroup(store, spec.tp_rank, spec.tp, COLLECTIVE_TIMEOUT_S)
 
-    def _load(self, group: TensorParallel) -> ModelRunner:
-        spec, settings = self._spec, self._spec.topology.model
-        pool = spec.topology.pool(spec.role)
-        device = torch.device(spec.device)
-        config = load_model_config(settings.path)
-        model = load_model(
-            resolve_model(settings.path),
-            config,
-            dtype=getattr(torch, settings.dtype),
-            device=device,
-            tp=group,
-            load_format=settings.load_format,
-            max_positions=settings.context,
-            progress=self._note_progress,
-        )
-        self._limits = ModelLimits(settings.context, config.vocab_size, frozenset(config.eos_token_ids))
-        layout = config.kv_layout(spec.tp, pool.page_size, settings.dtype)
-        cache = KvCache(layout, pages_for_budget(layout, pool.kv_memory), device)
-        if device.type == "cuda" and spec.role != "decode" and supports_model(config):
-            return PrefillRunner(model, cache, device)
-        return ModelRunner(model, cache, device)
-
     def _note_progress(self, done: int, total: int) -> None:
         self.progress = (done, total)
 
-    def _serve(self, runner: ModelRunner, parts: RankParts, stop: threading.Event) -> None:
-        rank = Rank(runner, *parts.services)
+    def _serve(self, loaded: LoadedRank, parts: RankParts, stop: threading.Event) -> None:
+        rank = Rank(loaded.runner, *parts.services)
         if self._follower_link is not None:
             self._follower_link.report(RankReady(parts.endpoint))
             follow(rank, self._follower_link, stop)
         elif self._channel is not None:
             ranks = Ranks(rank, self._leader_link)
             endpoints = [parts.endpoint, *self._await_followers(ranks)]
-            self._lead(self._channel, runner, ranks, [one for one in endpoints if one is not None], stop)
+            self._lead(self._channel, loaded, ranks, [one for one in endpoints if one is not None], stop)
 
     def _await_followers(self, ranks: Ranks) -> list[RankEndpoint | None]:
         ready: dict[int, RankEndpoint | None] = {}
@@ -155,15 +128,15 @@ class Worker:
     def _lead(
         self,
         channel: WorkerChannel,
-        runner: ModelRunner,
+        loaded: LoadedRank,
         ranks: Ranks,
         endpoints: list[RankEndpoint],
         stop: threading.Event,
     ) -> None:
-        spec, cache = self._spec, runner.cache
-        leader = Leader(spec, ranks, cache.layout, cache.num_pages, self._limits, endpoints, channel.send)
-        engine = build_engine(leader)
-        self._member = Member(spec.engine, spec.incarnation, spec.role, channel.address, cache.layout)
+        spec = self._spec
+        engine = build_engine(Leader(spec, loaded, ranks, endpoints, channel.send))
+        layout = loaded.runner.cache.layout
+        self._member = Member(spec.engine, spec.incarnation, spec.role, channel.address, layout)
         log.info("%s serves at %s", spec.engine, channel.address)
         serve(engine, channel, stop, spec.topology.kv_transfer.lease_s)
 

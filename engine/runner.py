@@ -16,7 +16,7 @@ class ModelRunner:
 
     def __init__(self, model: Decoder, cache: KvCache, device: torch.device) -> None:
         self.cache = cache
-        self._model = model
+        self.model = model
         self._device = device
 
     @torch.inference_mode()
@@ -26,12 +26,12 @@ class ModelRunner:
         [0, 0] when none are wanted. `on_layer(i)` is called as soon as layer i's KV of this batch is in the cache.
         """
         tensors = to_tensors(batch, self.cache.layout.page_size, self._device)
-        hidden = self._model.forward(
+        hidden = self.model.forward(
             tensors.token_ids, tensors.positions, self.cache.layers, tensors.metadata, tensors.slot_mapping, on_layer
         )
         if not any(batch.num_logits):
             return hidden.new_empty((0, 0), dtype=torch.float32)
-        return self._model.logits(hidden[tensors.logit_rows])
+        return self.model.logits(hidden[tensors.logit_rows])
 
     @torch.inference_mode()
     def copy_pages(self, pairs: Iterable[tuple[int, int]]) -> None:

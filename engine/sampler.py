@@ -51,9 +51,7 @@ class SamplerRow:
     @property
     def adjusts(self) -> bool:
         """Whether the logits change before temperature applies."""
-        params = self.params
-        penalised = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
-        return bool(params.logit_bias or penalised or self.forbids_stop)
+        return bool(self.params.logit_bias or self.params.penalised or self.forbids_stop)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,8 @@ class Sequence:
     """Prompt and output in one list; the KV of the first `computed_tokens` of them is in the pages of `table`.
 
     `max_model_len` bounds prompt and output together, in tokens. `prompt_tokens` is how many of `token_ids` came
-    with the request: tokens that an earlier attempt generated already are output, not prompt.
+    with the request: tokens that an earlier attempt generated already are output, not prompt. `in_flight` tokens are
+    being computed that the host does not know yet.
     """
 
     request_id: str
@@ -43,6 +44,7 @@ class Sequence:
     extra_keys: tuple[str, ...] = ()
     table: BlockTable | None = None
     computed_tokens: int = 0
+    in_flight: int = 0
     finish_reason: FinishReason | None = None
     stopping_ids: frozenset[int] = field(init=False)
 
@@ -58,6 +60,22 @@ class Sequence:
     def pending_tokens(self) -> int:
         """Tokens whose KV is not in the cache yet: one in decode, the rest of the prompt in prefill."""
         return len(self.token_ids) - self.computed_tokens
+
+    @property
+    def length_limit(self) -> int:
+        """Tokens at which it ends, prompt and output together."""
+        limit = self.params.max_tokens
+        return self.max_model_len if limit is None else min(self.max_model_len, self.prompt_tokens + limit)
+
+    @property
+    def needs_step(self) -> bool:
+        """Whether another decode step can be asked for: not when those in flight reach the limit."""
+        return len(self.token_ids) + self.in_flight < self.length_limit
+
+    @property
+    def tokens_to_hold(self) -> int:
+        """Tokens that the table must hold for the next step."""
+        return min(len(self.token_ids) + self.in_flight, self.length_limit - 1)
 
     @classmethod
     def of(cls, request: Prefill | Reserve, sample: int, limits: ModelLimits) -> Sequence:
@@ -88,7 +106,4 @@ class Sequence:
     def _finish_reason(self, token_id: int) -> FinishReason | None:
         if token_id in self.stopping_ids and self.output_tokens > self.params.min_tokens:
             return "stop"
-        limit = self.params.max_tokens
-        if len(self.token_ids) >= self.max_model_len or (limit is not None and self.output_tokens >= limit):
-            return "length"
-        return None
+        return "length" if len(self.token_ids) >= self.length_limit else None

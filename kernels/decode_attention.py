@@ -24,6 +24,7 @@ from splitserve.kernels.decode_plan import (
     split_count,
     split_start,
 )
+from splitserve.kernels.head_sizes import runs_on_gpu
 
 LOG2_E = 1.4426950408889634
 COMBINE_ROWS = 1
@@ -111,10 +112,9 @@ def _checked_shape(
     slots, q_len, heads, dim = q.shape
     planes, _, kv_heads, page_size, cache_dim = cache_layer.shape
     shape = DecodeShape(heads, kv_heads, dim, value_dim or dim, page_size, q_len)
-    main, rest = shape.value_dim, dim - shape.value_dim
     if cache_dim != dim or planes != (1 if shape.latent else 2) or heads % kv_heads:
         raise ValueError(f"q {tuple(q.shape)} does not fit a cache layer {tuple(cache_layer.shape)}")
-    if main & (main - 1) or rest & (rest - 1) or page_size & (page_size - 1) or min(main, rest or main) < 16:
+    if not runs_on_gpu(dim, shape.value_dim) or page_size & (page_size - 1) or page_size < 16:
         raise ValueError(f"value_dim, dim - value_dim and page_size must be powers of two from 16 on: {shape}")
     if block_table.shape[0] != slots or lengths.shape != (slots,) or len(plan.slots) != slots:
         raise ValueError(f"block_table, lengths and plan must be for the {slots} slots of q")

@@ -37,8 +37,9 @@ from splitserve.cluster.messages import (
 )
 from splitserve.engine.batch import Batch, Chunk
 from splitserve.engine.block_manager import BlockManager
+from splitserve.engine.device_sampler import PendingTokens, TokenChooser
 from splitserve.engine.ranks import Ranks
-from splitserve.engine.sampler import prompt_logprobs, sample
+from splitserve.engine.sampler import prompt_logprobs
 from splitserve.engine.sequence import ModelLimits, Sequence
 from splitserve.engine.serving import Send
 from splitserve.prefill_worker.outlet import KvOutlet
@@ -70,6 +71,14 @@ class _Request:
         return self.message.ticket.transfer_id
 
 
+@dataclass(frozen=True)
+class _Launched:
+    """A batch under way: the prompts that end with it, each with its samples, and the tokens of all of these."""
+
+    prompts: list[tuple[_Request, list[Sequence]]]
+    tokens: PendingTokens
+
+
 class PrefillEngine:
     """Scheduler and state of one prefill engine; single-threaded."""
 
@@ -81,16 +90,18 @@ class PrefillEngine:
         blocks: BlockManager,
         layout: KvLayout,
         outlet: KvOutlet,
+        chooser: TokenChooser,
         limits: PrefillLimits,
         send: Send,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name, self._incarnation, self._layout = name, incarnation, layout
-        self._ranks, self._blocks, self._outlet = ranks, blocks, outlet
+        self._ranks, self._blocks, self._outlet, self._chooser = ranks, blocks, outlet, chooser
         self._limits, self._send, self._clock = limits, send, clock
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []
         self._sending: dict[str, _Request] = {}
+        self._under_way: deque[_Launched] = deque()
 
     def handle(self, router: bytes, item: object) -> None:
         match item:
@@ -102,15 +113,18 @@ class PrefillEngine:
                 log.warning("a prefill engine takes no %s", type(item).__name__)
 
     def step(self) -> bool:
-        """Settle transfers, admit prompts, compute one packed batch of chunks."""
+        """Settle transfers, admit prompts, launch one packed batch of chunks, finish the one before it."""
         self._settle_transfers()
         self._admit()
-        if not self._running:
-            return False
         chunks = self._next_chunks()
-        logits = self._compute(chunks)
-        self._advance(chunks, logits)
-        return True
+        if chunks:
+            self._under_way.append(self._launch(chunks))
+        # One batch stays under way, so that its device always has the next one waiting.
+        finished = False
+        while self._under_way and (self._under_way[0].tokens.ready or len(self._under_way) > bool(chunks)):
+            self._finish(self._under_way.popleft())
+            finished = True
+        return bool(chunks) or finished
 
     @property
     def sockets(self) -> list[Socket]:
@@ -194,26 +208,25 @@ class PrefillEngine:
         sizes = plan_chunks([request.sequence.pending_tokens for request in self._running], self._limits.chunk_tokens)
         return [(request, size) for request, size in zip(self._running, sizes, strict=True) if size]
 
-    def _compute(self, chunks: list[tuple[_Request, int]]) -> torch.Tensor:
+    def _launch(self, chunks: list[tuple[_Request, int]]) -> _Launched:
+        """Compute `chunks` and choose the first tokens of the prompts that end with them."""
         batch = Batch.of([Chunk(request.sequence, size, _wanted_logits(request, size)) for request, size in chunks])
         written = [(request.transfer_id, request.sequence.computed_tokens + size) for request, size in chunks]
         logits: torch.Tensor = self._ranks.execute(self._outlet.run_command(batch, written))
-        return logits
-
-    def _advance(self, chunks: list[tuple[_Request, int]], logits: torch.Tensor) -> None:
-        row = 0
+        prompts, rows, row = [], [], 0
         for request, size in chunks:
-            wanted = _wanted_logits(request, size)
-            rows = logits[row : row + wanted]
-            row += wanted
-            sequence = request.sequence
+            sequence, wanted = request.sequence, _wanted_logits(request, size)
             if request.message.params.prompt_logprobs is not None:
-                self._note_prompt_logprobs(request, size, rows)
+                self._note_prompt_logprobs(request, size, logits[row : row + wanted])
+            row += wanted
             sequence.computed_tokens += size
             assert sequence.table is not None
             self._blocks.publish(sequence.table, sequence.token_ids, sequence.computed_tokens)
             if not sequence.pending_tokens:
-                self._finish(request, rows[-1:])
+                prompts.append((request, _samples(request)))
+                rows += [row - 1] * request.message.params.n
+        samples = [sample for _, samples in prompts for sample in samples]
+        return _Launched(prompts, self._chooser.choose(logits[rows], samples))
 
     def _note_prompt_logprobs(self, request: _Request, size: int, rows: torch.Tensor) -> None:
         sequence, top = request.sequence, request.message.params.prompt_logprobs
@@ -221,21 +234,21 @@ class PrefillEngine:
         targets = sequence.token_ids[sequence.computed_tokens + 1 : sequence.computed_tokens + size + 1]
         request.prompt_logprobs += tuple(prompt_logprobs(rows[: len(targets)], targets, top))
 
-    def _finish(self, request: _Request, logits: torch.Tensor) -> None:
-        """Sample the first token of every sample, answer the router at once, let the KV follow."""
-        message, prompt = request.message, request.sequence
-        samples = [replace(prompt, sample=n, token_ids=list(prompt.token_ids)) for n in range(message.params.n)]
-        chosen = sample(logits.expand(len(samples), -1), [sequence.sampler_row() for sequence in samples])
-        tokens = []
-        for sequence, token in zip(samples, chosen, strict=True):
-            if token is None:
+    def _finish(self, launched: _Launched) -> None:
+        """Answer the routers with the first tokens at once; the KV follows."""
+        chosen = iter(launched.tokens.wait())
+        for request, samples in launched.prompts:
+            tokens = [(sample, next(chosen)) for sample in samples]
+            if request not in self._running:
+                continue  # dropped while it was under way
+            taken = [sample.take(token.token_id, token.logprobs) for sample, token in tokens if token is not None]
+            if len(taken) < len(tokens):
                 self._fail(request, ModelFailure("the model's logits are not finite"))
-                return
-            tokens.append(sequence.take(token.token_id, token.logprobs))
-        self._running.remove(request)
-        self._sending[request.transfer_id] = request
-        self._send(request.router, self._first_token(request, tuple(tokens)))
-        self._outlet.finish(request.transfer_id, HandOff(tuple(token.token_id for token in tokens)))
+                continue
+            self._running.remove(request)
+            self._sending[request.transfer_id] = request
+            self._send(request.router, self._first_token(request, tuple(taken)))
+            self._outlet.finish(request.transfer_id, HandOff(tuple(token.token_id for token in taken)))
 
     def _first_token(self, request: _Request, tokens: tuple[SampleToken, ...]) -> FirstToken:
         table = request.sequence.table
@@ -281,6 +294,12 @@ class PrefillEngine:
         if request in self._running:
             self._running.remove(request)
         self._sending.pop(request.transfer_id, None)
+
+
+def _samples(request: _Request) -> list[Sequence]:
+    """The request's sequence once for each sample, all prompt computed."""
+    prompt = request.sequence
+    return [replace(prompt, sample=n, token_ids=list(prompt.token_ids)) for n in range(request.message.params.n)]
 
 
 def _wanted_logits(request: _Request, size: int) -> int:

@@ -25,19 +25,23 @@ from splitserve.cluster.messages import (
     TokenLogprobs,
 )
 from splitserve.cluster.sampling import SamplingParams
+from splitserve.decode_worker.device_loop import DecodeLoop
 from splitserve.decode_worker.engine import DecodeEngine, DecodeLimits
 from splitserve.decode_worker.inlet import ReceiveInlet, ReceiveService
+from splitserve.decode_worker.steps import GraphSteps, Steps, StepwiseSteps
 from splitserve.deploy.colocated import ColocatedEngine, LocalInlet, LocalOutlet
 from splitserve.engine.block_manager import BlockManager
-from splitserve.engine.kv_cache import KvCache
+from splitserve.engine.device_sampler import DeviceSampler, HostSampler, TokenChooser
+from splitserve.engine.kv_cache import TORCH_DTYPES, KvCache
 from splitserve.engine.parking import HostTier
-from splitserve.engine.ranks import ParkingService, Rank, Ranks
+from splitserve.engine.ranks import ParkingService, Rank, Ranks, RankService
 from splitserve.engine.runner import ModelRunner
 from splitserve.engine.sequence import ModelLimits
 from splitserve.kv_transfer.memory import Faults, MemoryNetwork, MemoryReceiver, MemorySender
 from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.sender import KvSender
 from splitserve.kv_transfer.staging import WindowAllocator
+from splitserve.models.config import Dtype
 from splitserve.models.layers import SingleRank
 from splitserve.models.resolve import load_model_config
 from splitserve.models.weights import load_model
@@ -62,6 +66,9 @@ class Settings:
     faults: Faults = field(default_factory=Faults)
     seed: int = 0
     lease_s: float = 20.0
+    capacities: tuple[int, ...] = ()  # of decode graphs; without them decode runs step by step
+    device: str = "cpu"
+    dtype: Dtype = "float32"
 
 
 @dataclass
@@ -86,13 +93,13 @@ class InProcessCluster:
         self._model = load_model(
             folder,
             self._config,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
+            dtype=TORCH_DTYPES[settings.dtype],
+            device=torch.device(settings.device),
             tp=SingleRank(),
             load_format="auto",
             max_positions=settings.context,
         )
-        self.layout = self._config.kv_layout(1, settings.page_size, "float32")
+        self.layout = self._config.kv_layout(1, settings.page_size, settings.dtype)
         self.answers: dict[str, Answer] = {}
         self._asked: dict[str, tuple[list[int], SamplingParams]] = {}
         self._retry: list[str] = []
@@ -138,9 +145,8 @@ class InProcessCluster:
         return [blocks.free_pages for blocks in self.blocks]
 
     def _runner(self) -> ModelRunner:
-        return ModelRunner(
-            self._model, KvCache(self.layout, self.settings.pages, torch.device("cpu")), torch.device("cpu")
-        )
+        device = torch.device(self.settings.device)
+        return ModelRunner(self._model, KvCache(self.layout, self.settings.pages, device), device)
 
     def _split(self) -> list[Any]:
         settings, clock = self.settings, time.monotonic
@@ -151,8 +157,7 @@ class InProcessCluster:
             decode_runner.cache, 0, STAGING_BYTES, MemoryReceiver(network, "decode", STAGING_BYTES), clock
         )
         prefill_ranks = Ranks(Rank(prefill_runner, SendService(prefill_runner, sender)))
-        parking = ParkingService(decode_runner, HostTier(settings.host_tier))
-        decode_ranks = Ranks(Rank(decode_runner, parking, ReceiveService(receiver)))
+        decode_ranks = Ranks(Rank(decode_runner, *self._decode_services(decode_runner), ReceiveService(receiver)))
         endpoint = RankEndpoint("decode", "memory", "", "", 0, 0)
         self.staging = WindowAllocator(STAGING_BYTES)
         inlet = ReceiveInlet(decode_ranks, self.layout, [endpoint], self.staging, settings.lease_s)
@@ -162,22 +167,40 @@ class InProcessCluster:
 
     def _colocated(self) -> list[Any]:
         runner = self._runner()
-        ranks = Ranks(Rank(runner, ParkingService(runner, HostTier(self.settings.host_tier))))
+        ranks = Ranks(Rank(runner, *self._decode_services(runner)))
         self.blocks = [self._block_manager()]
         local = LocalInlet(self.layout, self.settings.lease_s)
         prefill = self._prefill_engine(ranks, self.blocks[0], LocalOutlet(local))
         return [ColocatedEngine(prefill, self._decode_engine(ranks, self.blocks[0], local))]
+
+    def _decode_services(self, runner: ModelRunner) -> list[RankService]:
+        settings = self.settings
+        services: list[RankService] = [ParkingService(runner, HostTier(settings.host_tier))]
+        if settings.capacities:
+            self.loop = DecodeLoop(runner.model, self._config, runner.cache, settings.capacities, settings.context)
+            services.append(self.loop)
+        return services
+
+    def _steps(self, ranks: Ranks) -> Steps:
+        capacities = self.settings.capacities
+        if not capacities:
+            return StepwiseSteps(ranks)
+        return GraphSteps(ranks, self.loop.layout, capacities, self.settings.page_size)
 
     def _block_manager(self) -> BlockManager:
         return BlockManager(self.settings.pages, self.settings.page_size, self.settings.prefix_cache)
 
     def _prefill_engine(self, ranks: Ranks, blocks: BlockManager, outlet: Any) -> PrefillEngine:
         limits = PrefillLimits(self.settings.chunk_tokens, self.settings.max_sequences, self._limits)
-        return PrefillEngine("prefill/0/0", "1", ranks, blocks, self.layout, outlet, limits, self._hear)
+        chooser: TokenChooser = HostSampler()
+        if self.settings.capacities:
+            chooser = DeviceSampler(self._config.vocab_size, torch.device(self.settings.device))
+        return PrefillEngine("prefill/0/0", "1", ranks, blocks, self.layout, outlet, chooser, limits, self._hear)
 
     def _decode_engine(self, ranks: Ranks, blocks: BlockManager, inlet: Any) -> DecodeEngine:
         limits = DecodeLimits(self.settings.slots, self.settings.max_sequences, self._limits)
-        return DecodeEngine("decode/0/0", "1", ranks, blocks, self.layout, inlet, limits, self._hear)
+        steps = self._steps(ranks)
+        return DecodeEngine("decode/0/0", "1", ranks, steps, blocks, self.layout, inlet, limits, self._hear)
 
     def _reserve(self, name: str) -> None:
         token_ids, params = self._asked[name]

@@ -14,6 +14,7 @@ from rich.progress import Progress
 
 from splitserve.client import AsyncClient
 from splitserve.cluster.errors import InvalidRequest
+from splitserve.deploy.bench import engine_command
 from splitserve.deploy.bench.load import LENGTHS, LoadRequest, LoadShape, make_requests, poisson_arrivals
 from splitserve.deploy.bench.measure import Outcome, run_closed_loop, run_open_loop
 from splitserve.deploy.bench.summary import Summary, summarize, summary_table
@@ -57,6 +58,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--seed", type=int, default=0, help="of lengths, prompts and arrivals (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write options and figures there")
     parser.set_defaults(run=bench)
+    engine_command.add_command(parser.add_subparsers(metavar="engine"))
 
 
 def bench(arguments: argparse.Namespace) -> int:

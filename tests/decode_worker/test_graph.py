@@ -1,4 +1,4 @@
-"""The captured decode step on a GPU: the tokens of the step by step way, and the same ones whoever is beside."""
+"""The captured decode step in bfloat16: the tokens of the step by step way, and the same bits whoever is beside."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from splitserve.decode_worker.graph import DecodeGraph
+from splitserve.decode_worker.device_loop import DecodeLoop, LaunchStep, RowResult
+from splitserve.engine.slot_state import SlotUpdateBuilder
 from splitserve.models.layers import SingleRank
 from splitserve.models.resolve import load_model_config
 from splitserve.models.weights import load_model
-from tests.models.driver import PAGE_SIZE, Driver, Span
+from tests.models.driver import Driver, Span
 from tests.tiny_model import write_tiny_model, write_tiny_moe
 
 pytestmark = pytest.mark.gpu
-SLOTS, MAX_TOKENS, STEPS = 16, 512, 16
+CAPACITIES, MAX_TOKENS, STEPS, COMPOSITIONS = (4, 16), 512, 16, 200
 CUDA = torch.device("cuda")
+GREEDY = {"top_p": 1.0, "repetition_penalty": 1.0, "logprobs": 0}
 
 
 @pytest.fixture(scope="module", params=["dense", "latent-moe"])
@@ -27,31 +29,36 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 class Decoding:
-    """Up to SLOTS sequences in one graph, after a prefill the step by step way."""
+    """Up to 16 sequences in the decode loop, after a prefill the step by step way."""
 
     def __init__(self, folder: Path) -> None:
         config = load_model_config(str(folder))
         model = load_model(folder, config, torch.bfloat16, CUDA, SingleRank(), "auto", max_positions=MAX_TOKENS)
-        self.stepwise = Driver(model, config, SingleRank(), SLOTS, MAX_TOKENS, CUDA)
-        self.graph = DecodeGraph(model, config, self.stepwise.cache, SLOTS, MAX_TOKENS // PAGE_SIZE)
+        self.stepwise = Driver(model, config, SingleRank(), CAPACITIES[-1], MAX_TOKENS, CUDA)
+        self._loop = DecodeLoop(model, config, self.stepwise.cache, CAPACITIES, MAX_TOKENS)
+        self._updates = SlotUpdateBuilder(self._loop.layout)
+        self._next = 0
 
-    def start(self, prompts: list[list[int]], places: list[int]) -> None:
-        """Prefill `prompts` and put each into its slot of `places`; a slot's pages are its own."""
-        sequences = self.graph.sequences
-        sequences.lengths.zero_()
-        sequences.block_table.copy_(self.stepwise.tables)
-        for place, prompt in zip(places, prompts, strict=True):
-            first = self.stepwise.run([Span(place, 0, prompt)]).argmax()
-            self.graph.tokens[place] = first
-            sequences.lengths[place] = len(prompt) + 1
+    def start(self, prompts: dict[int, list[int]]) -> dict[int, int]:
+        """Prefill the prompt of each slot, on pages that are that slot's own; returns the first tokens."""
+        first: dict[int, int] = {}
+        for slot in range(CAPACITIES[-1]):
+            self._updates.set(slot, {"length": 0})
+        for slot, prompt in prompts.items():
+            first[slot] = int(self.stepwise.run([Span(slot, 0, prompt)]).argmax())
+            length = {"length": len(prompt) + 1, "room": MAX_TOKENS, "last_token": first[slot]}
+            self._updates.set(slot, GREEDY | length)
+            self._updates.fill(slot, "block_table", self.stepwise.tables[slot].tolist())
+        return first
 
-    def steps(self, place: int) -> list[int]:
-        """The tokens that come in slot `place`."""
-        tokens = []
-        for _ in range(STEPS):
-            self.graph.replay()
-            tokens.append(int(self.graph.tokens[place]))
-        return tokens
+    def step(self, capacity: int = CAPACITIES[-1]) -> dict[int, RowResult]:
+        pending = self._loop.launch(LaunchStep(self._next, capacity, self._updates.take(), top=False))
+        self._next += 1
+        return {row.slot: row for row in pending.wait()}
+
+    def steps(self, slot: int) -> list[RowResult]:
+        """What comes in `slot`."""
+        return [self.step()[slot] for _ in range(STEPS)]
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -60,31 +67,30 @@ def prompt(length: int, seed: int) -> list[int]:
 
 def test_tokens_are_those_of_the_step_by_step_way(folder: Path) -> None:
     decoding = Decoding(folder)
-    prompts = [prompt(length, seed=length) for length in (5, 70, 200)]
-    decoding.start(prompts, [0, 1, 2])
+    prompts = {slot: prompt(length, seed=length) for slot, length in enumerate((5, 70, 200))}
+    last = decoding.start(prompts)
     differing = 0
     for step in range(STEPS):
-        before = decoding.graph.tokens.tolist()
-        decoding.graph.replay()
-        spans = [Span(place, len(prompts[place]) + step, [before[place]]) for place in range(3)]
+        spans = [Span(slot, len(prompts[slot]) + step, [last[slot]]) for slot in prompts]
+        last = {slot: row.token_id for slot, row in decoding.step(CAPACITIES[step % 2]).items()}
         logits = decoding.stepwise.run(spans)
-        chosen = decoding.graph.tokens[:3]
-        behind = logits.amax(-1) - logits.gather(1, chosen[:, None])[:, 0]
+        chosen = torch.tensor([[last[slot]] for slot in prompts], device=CUDA)
+        behind = logits.amax(-1) - logits.gather(1, chosen)[:, 0]
         assert behind.max() < 0.15 * logits.std(), "not even close to the best token"
         differing += int((behind > 0).sum())
     assert differing <= 3
 
 
-def test_neighbours_change_no_token(folder: Path) -> None:
+def test_neighbours_change_no_bit(folder: Path) -> None:
     """In the same slot, beside any other sequences, at one capacity."""
     decoding = Decoding(folder)
     mine = prompt(100, seed=0)
-    decoding.start([mine], [0])
+    decoding.start({0: mine})
     alone = decoding.steps(0)
-    assert len(set(alone)) > 3
-    for seed in range(8):
-        others = random.Random(seed).randint(1, SLOTS - 1)
-        lengths = [random.Random(seed * 100 + place).randint(1, 300) for place in range(others)]
-        beside = [prompt(length, seed=seed * 100 + place + 1) for place, length in enumerate(lengths)]
-        decoding.start([mine, *beside], list(range(others + 1)))
+    assert len({row.token_id for row in alone}) > 3
+    for seed in range(COMPOSITIONS):
+        dice = random.Random(seed)
+        others = dice.sample(range(1, CAPACITIES[-1]), dice.randint(1, CAPACITIES[-1] - 1))
+        beside = {slot: prompt(dice.randint(1, 300), seed=seed * 100 + slot) for slot in others}
+        decoding.start({0: mine} | beside)
         assert decoding.steps(0) == alone, f"composition {seed}"

@@ -70,7 +70,9 @@ def test_shipped_topologies_plan(path: Path) -> None:
     names = [rank.name for pool in plan.pools for rank in pool.ranks]
     assert len(names) == len(set(names)) > 0
     gpus = [rank.slot for pool in plan.pools for rank in pool.ranks if rank.slot.device != "cpu"]
-    assert len(gpus) == len(set(gpus)) == plan.gpus
+    shared = any(plan.topology.pool(role).gpu_fraction < 1 for role in plan.topology.roles)
+    assert plan.gpus == len(set(gpus))
+    assert shared or len(gpus) == plan.gpus
     text = render_plan(plan)
     assert text.startswith(f"{path.stem}: ")
     assert all(pool.role in text for pool in plan.pools)
@@ -214,6 +216,20 @@ def test_gpu_memory(tmp_path: Path) -> None:
     assert "leave" in faults["decode.kv_memory"].expected
     raw["hosts"]["gpu_memory"] = "8GB"
     assert "share the model over more ranks" in faults_of(tmp_path, raw, LLAMA_8B)["decode.kv_memory"].expected
+
+
+def test_ranks_share_a_gpu(tmp_path: Path) -> None:
+    pool: dict[str, Any] = {"device": "cuda", "kv_memory": "1GiB", "gpu_fraction": 0.3}
+    raw: dict[str, Any] = {"hosts": {"gpus": 2}, "prefill": pool | {"replicas": 4}, "decode": pool}
+    plan = plan_text(tmp_path, raw)
+    places = [rank.slot.device for pool in plan.pools for rank in pool.ranks]
+    assert places == ["cuda:0", "cuda:0", "cuda:0", "cuda:1", "cuda:1"]
+    assert plan.gpus == 2
+    assert "hosts" in faults_of(tmp_path, raw | {"hosts": {"gpus": 1}})
+    raw["decode"] = pool | {"kv_memory": "30GiB"}
+    assert "on 30% of a GPU" in faults_of(tmp_path, raw)["decode.kv_memory"].expected
+    raw["decode"] = pool | {"layout": {"tp": 2}}
+    assert "ranks need their own GPUs" in faults_of(tmp_path, raw)["decode.layout"].expected
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,122 @@
+"""The device-resident loop answers what steps one by one answer, and frees what they free.
+
+Without a GPU the same loop runs with every kernel in Triton's interpreter, on few and short requests.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from splitserve.cluster.errors import ProtocolError
+from splitserve.cluster.sampling import SamplingParams
+from splitserve.decode_worker.device_loop import LaunchStep
+from splitserve.engine.slot_state import SlotUpdateBuilder, SlotUpdates
+from splitserve.kernels.launch import INTERPRETING
+from tests.engines import Answer, InProcessCluster, Settings
+
+DEVICE = "cpu" if INTERPRETING else "cuda"
+pytestmark = [] if INTERPRETING else [pytest.mark.gpu]
+
+GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
+SAMPLED = replace(GREEDY, temperature=0.9, top_p=0.9, seed=5, logprobs=2)
+PENALISED = replace(SAMPLED, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.2, n=2)
+BIASED = replace(GREEDY, logit_bias={7: 50.0, 9: 51.0, 11: -100.0}, logprobs=0)
+PARAMS = (GREEDY, SAMPLED, PENALISED, BIASED)
+SETTINGS = Settings(device=DEVICE, page_size=16, slots=4, context=128)
+GRAPHS = replace(SETTINGS, capacities=(2, 4))
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(3, 300), k=length)
+
+
+def answers(folder: Path, settings: Settings) -> dict[str, Answer]:
+    cluster = InProcessCluster(folder, settings)
+    for index, params in enumerate(PARAMS):
+        cluster.ask(str(index), prompt(13 + 9 * index, index), params)
+    found = cluster.run()
+    cluster.settle()
+    assert cluster.free_pages() == [settings.pages] * len(cluster.blocks)
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: Path) -> dict[str, Answer]:
+    return answers(tiny_model, SETTINGS)
+
+
+@pytest.mark.parametrize("pages", [256, 10], ids=["room", "preemption"])
+def test_same_answers_as_step_by_step(tiny_model: Path, expected: dict[str, Answer], pages: int) -> None:
+    found = answers(tiny_model, replace(GRAPHS, split=False, pages=pages))
+    for name, answer in expected.items():
+        assert found[name].tokens == answer.tokens
+        assert found[name].reasons == answer.reasons
+        for sample, logprobs in answer.logprobs.items():
+            for ours, theirs in zip(found[name].logprobs[sample], logprobs, strict=True):
+                assert (ours is None) == (theirs is None)
+                if ours is None or theirs is None:
+                    continue
+                assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+                assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
+
+
+def test_stop_ids_and_min_tokens(tiny_model: Path, expected: dict[str, Answer]) -> None:
+    cluster = InProcessCluster(tiny_model, replace(GRAPHS, split=False))
+    stop = expected["0"].tokens[0][3]
+    assert stop not in expected["0"].tokens[0][:3]
+    cluster.ask("stopped", prompt(13, 0), replace(GREEDY, stop_token_ids=(stop,)))
+    cluster.ask("barred", prompt(13, 0), replace(GREEDY, stop_token_ids=(stop,), min_tokens=4))
+    found = cluster.run()
+    assert found["stopped"].tokens[0] == expected["0"].tokens[0][:4]
+    assert found["stopped"].reasons == {0: "stop"}
+    assert stop not in found["barred"].tokens[0][:4]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cancelled_anywhere_everything_is_freed(tiny_model: Path, expected: dict[str, Answer], seed: int) -> None:
+    dice = random.Random(seed)
+    cluster = InProcessCluster(tiny_model, replace(GRAPHS, pages=24))
+    for index, params in enumerate(PARAMS):
+        cluster.ask(str(index), prompt(13 + 9 * index, index), params)
+    for _ in range(dice.randint(2, 8)):
+        cluster.step()
+    gone = dice.sample(range(4), 2)
+    for index in gone:
+        cluster.cancel(str(index))
+        del cluster.answers[str(index)]
+    for name, answer in cluster.run().items():
+        assert answer.tokens == expected[name].tokens
+    cluster.settle()
+    assert cluster.free_pages() == [24, 24]
+
+
+def test_steps_come_in_order(tiny_model: Path) -> None:
+    cluster = InProcessCluster(tiny_model, replace(GRAPHS, capacities=(2,)))
+    cluster.loop.launch(LaunchStep(0, 2, SlotUpdates(), top=False)).wait()
+    with pytest.raises(ProtocolError, match="step 2 came where 1 was due"):
+        cluster.loop.launch(LaunchStep(2, 2, SlotUpdates(), top=False))
+
+
+def test_a_slot_waits_for_its_grammar_mask_while_others_go_on(tiny_model: Path) -> None:
+    loop = InProcessCluster(tiny_model, replace(GRAPHS, capacities=(2,))).loop
+    updates = SlotUpdateBuilder(loop.layout)
+    plain = {"length": 1, "room": 16, "last_token": 5, "top_p": 1, "repetition_penalty": 1, "logprobs": -1}
+    updates.set(0, plain)
+    updates.set(1, plain | {"grammar": 1})
+    updates.fill(0, "block_table", [1])
+    updates.fill(1, "block_table", [2])
+    ran = []
+    for step in range(4):
+        if step == 2:
+            mask = [0] * loop.layout.fields["mask"].shape[0]
+            mask[40 // 32] |= 1 << 40 % 32
+            updates.allow(1, 1, mask)
+        ran.append(loop.launch(LaunchStep(step, 2, updates.take(), top=False)).wait())
+    assert [[row.slot for row in rows] for rows in ran] == [[0], [0], [0, 1], [0]]
+    assert ran[2][1].token_id == 40
+    assert torch.isfinite(torch.tensor([row.logprob for rows in ran for row in rows])).all()
