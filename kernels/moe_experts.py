@@ -22,8 +22,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from splitserve.kernels.launch import INTERPRETING, num_sms
-from splitserve.kernels.moe_schedule import BlockSchedule, block_schedule, gather_slots
+from splitserve.kernels.moe_gathered import gathered_gate_up
+from splitserve.kernels.moe_schedule import BlockSchedule, block_schedule
 from splitserve.kernels.silu_and_mul import silu_and_mul
+
+GATHER_HIDDEN = 1024  # narrower ones were not tried
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,14 @@ class GemmTile:
     stages: int
     programs_per_sm: int
     swap: bool = False
-    flat: bool = False
 
 
 @dataclass(frozen=True)
 class ExpertTiles:
-    """Tiles of a layer's experts: `block_m` slots a block, both GEMMs, and whether kernels overlap their starts."""
+    """Tiles of a layer's experts: `block_m` slots a block, both GEMMs, and whether kernels overlap their starts.
+
+    `gather` copies tokens into slots before the first GEMM (`kernels.moe_gathered`); same bits.
+    """
 
     block_m: int
     gate_up: GemmTile
@@ -67,7 +72,7 @@ def expert_tiles(rows: int, top_k: int, num_experts: int) -> ExpertTiles:
         return ExpertTiles(block_m, gate_up, down)
     gate_up = GemmTile(128, 64, warps=8, stages=4, programs_per_sm=1)
     down = GemmTile(256, 64, warps=8, stages=4, programs_per_sm=1)
-    return ExpertTiles(128, gate_up, down, pdl=False)
+    return ExpertTiles(128, gate_up, down, pdl=False, gather=True)
 
 
 def routed_experts(
@@ -170,7 +175,6 @@ def _options(x: torch.Tensor, tiles: ExpertTiles, tile: GemmTile) -> dict[str, A
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
         "SWAP": tile.swap,
-        "FLAT": tile.flat,
         "UPCAST": INTERPRETING and x.dtype != torch.float32,
         "PDL": tiles.pdl,
         "launch_pdl": tiles.pdl,
@@ -184,17 +188,16 @@ def _gate_up(
 ) -> torch.Tensor:
     """act [max_blocks * block_m, width]; slots of no choice and blocks that are not live hold anything."""
     tile, hidden, width = tiles.gate_up, x.shape[1], gate_up.shape[1] // 2
+    if tiles.gather and hidden >= GATHER_HIDDEN:
+        return gathered_gate_up(
+            x, gate_up, schedule, top_k, sms * tile.programs_per_sm,
+            block_n=tile.block_n, block_k=tile.block_k, warps=tile.warps, stages=tile.stages,
+        )  # fmt: skip
     act = x.new_empty(schedule.slots.numel(), width)
     grid = (min(sms * tile.programs_per_sm, schedule.max_blocks * triton.cdiv(width, tile.block_n)),)
-    if tile.swap:
-        weights = _tiled(gate_up, tile.block_n, tile)
-    else:  # a tile of gate rows and the same of up rows, for one wide product
-        halves = gate_up.view(-1, width, hidden)
-        weights = TensorDescriptor.from_tensor(halves, [2, tile.block_n, tile.block_k])
-    rows = _tiled(gather_slots(x, schedule, top_k), tiles.block_m, tile) if tiles.gather else x
     _gate_up_kernel[grid](
-        rows, weights, act, schedule.slots, schedule.experts, schedule.num_blocks,
-        HIDDEN=hidden, WIDTH=width, TOP_K=top_k, GATHERED=tiles.gather, **_options(x, tiles, tile),
+        x, _tiled(gate_up, tile.block_n, tile), act, schedule.slots, schedule.experts, schedule.num_blocks,
+        HIDDEN=hidden, WIDTH=width, TOP_K=top_k, **_options(x, tiles, tile),
     )  # fmt: skip
     return act
 
@@ -249,40 +252,28 @@ def _multiply_add(tokens, weights, acc, SWAP: tl.constexpr, UPCAST: tl.constexpr
 @triton.jit  # type: ignore[untyped-decorator]
 def _gate_up_kernel(  # type: ignore[no-untyped-def]
     x, gate_up, act, slots, block_experts, num_blocks,
-    HIDDEN: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, GATHERED: tl.constexpr,
+    HIDDEN: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SWAP: tl.constexpr, FLAT: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    SWAP: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     n_tiles: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     even: tl.constexpr = HIDDEN % BLOCK_K == 0
-    for tile in tl.range(tl.program_id(0), tl.load(num_blocks) * n_tiles, tl.num_programs(0), flatten=FLAT):
+    for tile in tl.range(tl.program_id(0), tl.load(num_blocks) * n_tiles, tl.num_programs(0)):
         block, column = tile // n_tiles, tile % n_tiles * BLOCK_N
-        expert = tl.load(block_experts + block)
+        gate_row = tl.load(block_experts + block) * (2 * WIDTH) + column
         slot = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        if not GATHERED:
-            token = tl.maximum(tl.load(slots + slot), 0) // TOP_K  # slots of no choice take token 0: nobody reads them
-            x_row = x + token.to(tl.int64)[:, None] * HIDDEN
-        if SWAP:
-            gate, up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32), tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        else:
-            both = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
+        token = tl.maximum(tl.load(slots + slot), 0) // TOP_K  # slots of no choice take token 0: nobody reads them
+        x_row = x + token.to(tl.int64)[:, None] * HIDDEN
+        gate = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+        up = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, HIDDEN, BLOCK_K):
-            if GATHERED:
-                tokens = x.load([block * BLOCK_M, k])
-            else:
-                ks = k + tl.arange(0, BLOCK_K)[None, :]
-                tokens = tl.load(x_row + ks) if even else tl.load(x_row + ks, mask=ks < HIDDEN, other=0.0)
-            if SWAP:
-                gate = _multiply_add(tokens, gate_up.load([expert * (2 * WIDTH) + column, k]), gate, SWAP, UPCAST)
-                up = _multiply_add(tokens, gate_up.load([expert * (2 * WIDTH) + column + WIDTH, k]), up, SWAP, UPCAST)
-            else:
-                weights = gate_up.load([2 * expert, column, k]).reshape(2 * BLOCK_N, BLOCK_K)
-                both = _multiply_add(tokens, weights, both, SWAP, UPCAST)
-        if not SWAP:
-            gate, up = tl.split(tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
+            ks = k + tl.arange(0, BLOCK_K)[None, :]
+            tokens = tl.load(x_row + ks) if even else tl.load(x_row + ks, mask=ks < HIDDEN, other=0.0)
+            gate = _multiply_add(tokens, gate_up.load([gate_row, k]), gate, SWAP, UPCAST)
+            up = _multiply_add(tokens, gate_up.load([gate_row + WIDTH, k]), up, SWAP, UPCAST)
         gated = (gate / (1.0 + tl.exp(-gate)) * up).to(act.dtype.element_ty)
         if SWAP:
             gated = tl.trans(gated)
@@ -295,13 +286,13 @@ def _down_kernel(  # type: ignore[no-untyped-def]
     act, down, parts, slots, block_experts, num_blocks,
     HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SWAP: tl.constexpr, FLAT: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    SWAP: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     n_tiles: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
-    for tile in tl.range(tl.program_id(0), tl.load(num_blocks) * n_tiles, tl.num_programs(0), flatten=FLAT):
+    for tile in tl.range(tl.program_id(0), tl.load(num_blocks) * n_tiles, tl.num_programs(0)):
         block, column = tile // n_tiles, tile % n_tiles * BLOCK_N
         down_row = tl.load(block_experts + block) * HIDDEN + column
         choice = tl.load(slots + block * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]

@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-GATHER_ROWS = 4
 CHUNK = 4096  # choices that one program ranks; more of them are counted by a kernel of its own first
 
 
@@ -86,20 +85,6 @@ def block_schedule(
         **options,
     )
     return BlockSchedule(slots, experts, num_blocks, block_m)
-
-
-def gather_slots(x: torch.Tensor, schedule: BlockSchedule, top_k: int) -> torch.Tensor:
-    """The rows of `x` [rows, hidden] in the order of slots [max_blocks * block_m, hidden].
-
-    Slots of no choice hold row 0, those behind the live blocks anything.
-    """
-    rows = x.new_empty(schedule.slots.numel(), x.shape[1])
-    _gather_kernel[(len(rows) // GATHER_ROWS,)](
-        x, schedule.slots, rows, schedule.num_blocks,
-        HIDDEN=x.shape[1], BLOCK=triton.next_power_of_2(x.shape[1]), TOP_K=top_k, BLOCK_M=schedule.block_m,
-        ROWS=GATHER_ROWS,
-    )  # fmt: skip
-    return rows
 
 
 def block_schedule_reference(
@@ -182,17 +167,3 @@ def _place_kernel(  # type: ignore[no-untyped-def]
             tl.store(block_experts + first_block + block, expert, mask=block < own_blocks)
         if expert == 0:
             tl.store(num_blocks, tl.sum(blocks))
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _gather_kernel(  # type: ignore[no-untyped-def]
-    x, slots, rows, num_blocks,
-    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    if tl.program_id(0) * ROWS >= tl.load(num_blocks) * BLOCK_M:
-        return
-    token = tl.maximum(tl.load(slots + slot), 0) // TOP_K
-    column = tl.arange(0, BLOCK)[None, :]
-    values = tl.load(x + token.to(tl.int64)[:, None] * HIDDEN + column, mask=column < HIDDEN)
-    tl.store(rows + slot.to(tl.int64)[:, None] * HIDDEN + column, values, mask=column < HIDDEN)

@@ -17,6 +17,7 @@ from splitserve.engine.batch import Batch
 from splitserve.kernels.prefill_attention import KEY_TILE, query_tiles
 
 Ints = npt.NDArray[np.int64]
+SLOTS = 3  # the part of slots, padded with -1
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,11 @@ class PackedBatch:
 
     def buffer(self, sizes: Sizes, pinned: bool) -> torch.Tensor:
         """The buffer, padded to `sizes`."""
-        buffer = torch.zeros(sum(sizes.parts), dtype=torch.int64, pin_memory=pinned)
-        parts = torch.split(buffer, sizes.parts)
-        parts[3].fill_(-1)
-        for part, numbers in zip(parts, self.numbers, strict=True):
-            part.numpy()[: numbers.size] = numbers.ravel()
+        buffer = torch.empty(sum(sizes.parts), dtype=torch.int64, pin_memory=pinned)
+        parts = np.split(buffer.numpy(), np.cumsum(sizes.parts)[:-1])
+        for index, (part, numbers) in enumerate(zip(parts, self.numbers, strict=True)):
+            part[: numbers.size] = numbers.ravel()
+            part[numbers.size :] = -1 if index == SLOTS else 0
         return buffer
 
 

@@ -41,7 +41,6 @@ class PrefillRunner(ModelRunner):
         self, model: Decoder, cache: KvCache, device: torch.device, graph_tokens: Sequence[int] = GRAPH_TOKENS
     ) -> None:
         super().__init__(model, cache, device)
-        self._decoder, self._on = model, device
         self._graphs: list[PrefillGraph] = []
         if graph_tokens and cache.layout.tp == 1:
             self._capture(graph_tokens)
@@ -52,16 +51,16 @@ class PrefillRunner(ModelRunner):
         packed = pack_batch(batch, self.cache.layout.page_size)
         graph = next((graph for graph in self._graphs if graph.sizes.hold(packed.sizes)), None)
         if graph is None:
-            buffer = packed.buffer(packed.sizes, pinned=self._on.type == "cuda").to(self._on, non_blocking=True)
+            buffer = packed.buffer(packed.sizes, pinned=self._device.type == "cuda").to(self._device, non_blocking=True)
             tensors = DeviceBatch.of(buffer, packed.sizes)
-            hidden = forward(self._decoder, self.cache, tensors, on_layer)
+            hidden = forward(self.model, self.cache, tensors, on_layer)
         else:
             tensors, hidden = graph.batch, graph.replay(packed)
             for layer in range(len(self.cache.layers) if on_layer else 0):
                 on_layer(layer)  # type: ignore[misc]
         if not packed.num_logits:
             return hidden.new_empty((0, 0), dtype=torch.float32)
-        return self._decoder.logits(hidden[tensors.logit_rows[: packed.num_logits]])
+        return self.model.logits(hidden[tensors.logit_rows[: packed.num_logits]])
 
     def _capture(self, graph_tokens: Sequence[int]) -> None:
         pool, page_size = torch.cuda.graph_pool_handle(), self.cache.layout.page_size
@@ -69,7 +68,7 @@ class PrefillRunner(ModelRunner):
             for context in sorted(GRAPH_CONTEXTS, reverse=True):
                 rows = max(context, 2 * tokens)
                 sizes = Sizes(tokens, -(-tokens // QUERY_TILE) + GRAPH_SEQUENCES, -(-rows // page_size))
-                self._graphs.insert(0, PrefillGraph(self._decoder, self.cache, sizes, self._on, pool))
+                self._graphs.insert(0, PrefillGraph(self.model, self.cache, sizes, self._device, pool))
 
 
 class PrefillGraph:

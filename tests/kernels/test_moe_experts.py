@@ -96,6 +96,15 @@ def test_sum_of_experts(dtype: torch.dtype, swap: bool) -> None:
     close(actual, routed_experts_reference(x, weights, chosen, gate_up, down, 11))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [45, 20, 0])
+def test_tokens_gathered_first(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, count: int) -> None:
+    monkeypatch.setattr("splitserve.kernels.moe_experts.GATHER_HIDDEN", 16)
+    x, weights, chosen, gate_up, down = layer(45, 2, 3, 80, 48, dtype)
+    actual = routed_experts(x, weights, chosen, gate_up, down, live(count), tiles=replace(TILES, gather=True), sms=3)
+    close(actual, routed_experts_reference(x, weights, chosen, gate_up, down, count))
+
+
 def test_against_the_formula_in_float64() -> None:
     x, weights, chosen, gate_up, down = layer(6, 3, 4, 32, 16, torch.float32)
     expected = torch.zeros(6, 32, dtype=torch.float64, device=DEVICE)
