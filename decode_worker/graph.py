@@ -110,5 +110,5 @@ class DecodeGraph:
         pages = self.sequences.block_table.gather(1, (positions // page_size).unsqueeze(1)).squeeze(1)
         slots = torch.where(lengths > 0, pages * page_size + positions % page_size, -1)
         hidden = self._model.forward(self.tokens, positions, self._cache.layers, self.sequences, slots)
-        self.tokens.copy_(self._model.logits(hidden).argmax(-1))
+        self.tokens.copy_(self._model.narrow_logits(hidden).argmax(-1))
         lengths += (lengths > 0).int()

@@ -23,6 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from splitserve.kernels.launch import INTERPRETING, num_sms
 from splitserve.kernels.moe_schedule import BlockSchedule, block_schedule
+from splitserve.kernels.rms_norm import Terms
 from splitserve.kernels.silu_and_mul import silu_and_mul
 
 
@@ -91,17 +92,39 @@ def routed_experts(
     `sms` limits the SMs that the persistent kernels take, None for all. Raises ValueError for tensors that do not fit
     together, are not contiguous, or have an odd width in bytes (rows must be multiples of 16 bytes).
     """
+    terms = routed_terms(x, weights, chosen, gate_up, down, live_rows, first_expert=first_expert, tiles=tiles, sms=sms)
+    pdl = not INTERPRETING
+    return _combine(_by_choice(terms), weights, chosen, live_rows, first_expert, gate_up.shape[0], pdl)
+
+
+def routed_terms(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    live_rows: torch.Tensor,
+    *,
+    first_expert: int = 0,
+    tiles: ExpertTiles | None = None,
+    sms: int | None = None,
+) -> Terms:
+    """The same as the terms of that sum, for whoever reads it to take. Terms of other ranks' experts hold anything."""
     _check(x, weights, chosen, gate_up, down, live_rows)
-    rows, top_k = chosen.shape
-    tiles = tiles or expert_tiles(rows, top_k, gate_up.shape[0])
+    tiles = tiles or expert_tiles(*chosen.shape, gate_up.shape[0])
     tiles = replace(tiles, pdl=tiles.pdl and not INTERPRETING)
     sms = sms or num_sms(x.device)
     schedule = block_schedule(
         chosen, live_rows, gate_up.shape[0], tiles.block_m, first_expert=first_expert, pdl=tiles.pdl
     )
-    act = _gate_up(x, gate_up, schedule, top_k, tiles, sms)
-    parts = _down(act, down, schedule, rows * top_k, tiles, sms)
-    return _combine(parts, weights, chosen, live_rows, first_expert, gate_up.shape[0], tiles.pdl)
+    act = _gate_up(x, gate_up, schedule, chosen.shape[1], tiles, sms)
+    parts = _down(act, down, schedule, chosen.numel(), tiles, sms)
+    return Terms(parts.view(*chosen.shape, -1).transpose(0, 1), weights, live_rows)
+
+
+def _by_choice(terms: Terms) -> torch.Tensor:
+    """[rows * top_k, hidden], as the down GEMM left them."""
+    return terms.values.transpose(0, 1).flatten(0, 1)
 
 
 def routed_experts_reference(
