@@ -69,9 +69,10 @@ def decode_attention(
     }  # fmt: skip
     _decode_kernel[(tiles.lanes(shape), plan.programs)](
         q, cache_layer, *_key_tiles(cache_layer, shape, tiles), block_table, lengths, out, plan.order,
-        plan.boundaries, plan.slots, scratch.acc, scratch.stats, scale * LOG2_E, cache_layer.stride(0), block_table.stride(0),
+        plan.boundaries, plan.slots, scratch.acc, scratch.stats, scale * LOG2_E, cache_layer.stride(0),
+        block_table.stride(0),
         KV_HEADS=shape.kv_heads, REST=shape.dim - main, LATENT=shape.latent, PAGE=shape.page_size,
-        BLOCK_ROWS=tiles.block_rows, BLOCK_KEYS=tiles.block_keys, KEYS_FIRST=tiles.keys_first,
+        BLOCK_ROWS=tiles.block_rows, BLOCK_KEYS=tiles.block_keys, PARTS=tiles.parts, KEYS_FIRST=tiles.keys_first,
         UPCAST=interpreted, PREFETCHED=PREFETCHED, TMA=tiles.descriptors, num_warps=tiles.num_warps,
         num_stages=tiles.num_stages, **sizes,
     )  # fmt: skip
@@ -87,7 +88,7 @@ def _key_tiles(cache_layer: torch.Tensor, shape: DecodeShape, tiles: DecodeTiles
     if not tiles.descriptors:
         return cache_layer, cache_layer
     rows = cache_layer[0].flatten(0, 2)
-    widths = (shape.value_dim, shape.dim - shape.value_dim)
+    widths = (shape.value_dim // tiles.parts, shape.dim - shape.value_dim)
     main, rest = (TensorDescriptor.from_tensor(rows, [tiles.block_keys, width]) for width in widths)
     return main, rest
 
@@ -166,8 +167,11 @@ def _fold(top, total, acc, other_top, other_total, other_acc, KEYS_FIRST: tl.con
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     keep, add = tl.exp2(top - base), tl.exp2(other_top - base)
     total = tl.fma(other_total, add, total * keep)
-    wide_add = tl.broadcast_to(_beside(add, KEYS_FIRST), acc.shape)
-    return new_top, total, tl.fma(other_acc, wide_add, acc * _beside(keep, KEYS_FIRST))
+    folded: tl.tuple = ()
+    for part in tl.static_range(len(acc)):
+        wide_add = tl.broadcast_to(_beside(add, KEYS_FIRST), acc[part].shape)
+        folded += (tl.fma(other_acc[part], wide_add, acc[part] * _beside(keep, KEYS_FIRST)),)
+    return new_top, total, folded
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -176,46 +180,71 @@ def _normalised(total, acc, KEYS_FIRST: tl.constexpr):  # type: ignore[no-untype
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _scores(q, keys, KEYS_FIRST: tl.constexpr, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    first, second = (keys, q) if KEYS_FIRST else (q, keys)
+    return _dot(first, tl.trans(second), None, UPCAST)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _tile(  # type: ignore[no-untyped-def]
-    q, q_rest, keys, keys_rest, values, visible, scale, top, total, acc,
-    REST: tl.constexpr, KEYS_FIRST: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over one tile of keys."""
-    if KEYS_FIRST:
-        scores = _dot(keys, tl.trans(q), None, UPCAST)
-        if REST:
-            scores = _dot(keys_rest, tl.trans(q_rest), scores, UPCAST)
-    else:
-        scores = _dot(q, tl.trans(keys), None, UPCAST)
-        if REST:
-            scores = _dot(q_rest, tl.trans(keys_rest), scores, UPCAST)
+    q, keys, values, visible, scale, top, total, acc, KEYS_FIRST: tl.constexpr, UPCAST: tl.constexpr
+):
+    """Online softmax over one tile of keys. A sum for each part of the columns: one alone would be a long chain."""
     KEY_AXIS: tl.constexpr = 0 if KEYS_FIRST else 1
+    scores = _scores(q[0], keys[0], KEYS_FIRST, UPCAST)
+    for part in tl.static_range(1, len(q)):
+        more = _scores(q[part], keys[part], KEYS_FIRST, UPCAST)
+        scores = tl.fma(scores, tl.full(scores.shape, 1.0, tl.float32), more)  # a plain sum would join the chains again
     scores = tl.where(visible, scores * scale, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, KEY_AXIS))
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(scores - _beside(base, KEYS_FIRST))
     keep = tl.exp2(top - base)
     total = tl.fma(total, keep, tl.sum(weights, KEY_AXIS))
-    acc = acc * _beside(keep, KEYS_FIRST)
-    if KEYS_FIRST:
-        acc = _dot(tl.trans(values), weights.to(values.dtype), acc, UPCAST)
-    else:
-        acc = _dot(weights.to(values.dtype), values, acc, UPCAST)
-    return new_top, total, acc
+    weights = weights.to(values[0].dtype)
+    summed: tl.tuple = ()
+    for part in tl.static_range(len(acc)):
+        kept = acc[part] * _beside(keep, KEYS_FIRST)
+        if KEYS_FIRST:
+            summed += (_dot(tl.trans(values[part]), weights, kept, UPCAST),)
+        else:
+            summed += (_dot(weights, values[part], kept, UPCAST),)
+    return new_top, total, summed
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _store_rows(base, row, valid, acc, VALUE_DIM: tl.constexpr, KEYS_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
-    value = tl.arange(0, VALUE_DIM)
+def _no_sum(ROWS: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr, KEYS_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Maximum, sum and weighted values of no key at all."""
+    acc: tl.tuple = ()
+    for _ in tl.static_range(PARTS):
+        acc += (tl.zeros([DIM // PARTS, ROWS] if KEYS_FIRST else [ROWS, DIM // PARTS], tl.float32),)
+    return tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32), acc
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store_rows(base, row, valid, acc, ROW_DIM: tl.constexpr, PART: tl.constexpr, KEYS_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store part PART of the rows' columns."""
     if KEYS_FIRST:
         acc = tl.trans(acc)
-    tl.store(base + row[:, None] * VALUE_DIM + value[None, :], acc.to(base.dtype.element_ty), mask=valid[:, None])
+    column = PART * acc.shape[1] + tl.arange(0, acc.shape[1])
+    tl.store(base + row[:, None] * ROW_DIM + column[None, :], acc.to(base.dtype.element_ty), mask=valid[:, None])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _load_rows(base, row, mask, ROW_DIM: tl.constexpr, FIRST: tl.constexpr, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
     columns = FIRST + tl.arange(0, DIM)
     return tl.load(base + row[:, None] * ROW_DIM + columns[None, :], mask=mask[:, None], other=0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _load_parts(base, row, mask, ROW_DIM: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr, REST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first DIM columns of `row`s in PARTS parts, and the REST behind them."""
+    loaded: tl.tuple = ()
+    for part in tl.static_range(PARTS):
+        loaded += (_load_rows(base, row, mask, ROW_DIM, part * (DIM // PARTS), DIM // PARTS),)
+    if REST:
+        loaded += (_load_rows(base, row, mask, ROW_DIM, DIM, REST),)
+    return loaded
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -231,17 +260,15 @@ def _load_pages(block_table, start, stop, PAGE: tl.constexpr, BLOCK_KEYS: tl.con
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
-    q, q_rest, cache, key_tiles, rest_tiles, block_table, first, stop, length, last_seen, kv_head, scale, plane_stride,
+    q, cache, key_tiles, rest_tiles, block_table, first, stop, length, last_seen, kv_head, scale, plane_stride,
     KV_HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, REST: tl.constexpr, LATENT: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, PARTS: tl.constexpr, KEYS_FIRST: tl.constexpr,
     FRONT_STEP: tl.constexpr, FRONT: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Attend over positions `first` to `stop`, whole splits of one slot: the fold of their results."""
     DIM: tl.constexpr = VALUE_DIM + REST
     key = tl.arange(0, BLOCK_KEYS)
-    top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_ROWS], tl.float32)
-    acc = tl.zeros([VALUE_DIM, BLOCK_ROWS] if KEYS_FIRST else [BLOCK_ROWS, VALUE_DIM], tl.float32)
+    top, total, acc = _no_sum(BLOCK_ROWS, VALUE_DIM, PARTS, KEYS_FIRST)
     all_top, all_total, all_acc = top, total, acc
     # Carried from one tile to the next: a page number loaded where it is used would cost the pipeline its depth.
     next_pages = _load_pages(block_table, first, stop, PAGE, BLOCK_KEYS)
@@ -251,20 +278,18 @@ def _attend(  # type: ignore[no-untyped-def]
         for start in range(first, whole, BLOCK_KEYS):
             key_row = ((next_pages * KV_HEADS + kv_head) * PAGE + start % PAGE).to(tl.int32)
             next_pages = _load_pages(block_table, start + BLOCK_KEYS, stop, PAGE, BLOCK_KEYS)
-            keys, keys_rest = key_tiles.load([key_row, 0]), rest_tiles.load([key_row, VALUE_DIM])
+            keys: tl.tuple = ()
+            for part in tl.static_range(PARTS):
+                keys += (key_tiles.load([key_row, part * (VALUE_DIM // PARTS)]),)
+            if REST:
+                keys += (rest_tiles.load([key_row, VALUE_DIM]),)
             position = start + key
             visible = (position[:, None] if KEYS_FIRST else position[None, :]) <= _beside(last_seen, KEYS_FIRST)
-            top, total, acc = _tile(
-                q, q_rest, keys, keys_rest, keys, visible, scale, top, total, acc, REST, KEYS_FIRST, UPCAST
-            )
+            top, total, acc = _tile(q, keys, keys, visible, scale, top, total, acc, KEYS_FIRST, UPCAST)
             step = tl.where(start < FRONT, FRONT_STEP, STEP)
             if ((start + BLOCK_KEYS) % step == 0) | (start + BLOCK_KEYS >= stop):
                 all_top, all_total, all_acc = _fold(all_top, all_total, all_acc, top, total, acc, KEYS_FIRST)
-                top, total, acc = (
-                    tl.full([BLOCK_ROWS], float("-inf"), tl.float32),
-                    tl.zeros_like(total),
-                    tl.zeros_like(acc),
-                )
+                top, total, acc = _no_sum(BLOCK_ROWS, VALUE_DIM, PARTS, KEYS_FIRST)
     for start in range(whole, stop, BLOCK_KEYS):
         pages = next_pages
         next_pages = _load_pages(block_table, start + BLOCK_KEYS, stop, PAGE, BLOCK_KEYS)
@@ -273,20 +298,16 @@ def _attend(  # type: ignore[no-untyped-def]
         here = position < length
         base = cache + (pages * KV_HEADS + kv_head) * (PAGE * DIM) if PAGE >= BLOCK_KEYS else cache
         key_row = position % PAGE if PAGE >= BLOCK_KEYS else (pages * KV_HEADS + kv_head) * PAGE + position % PAGE
-        keys = _load_rows(base, key_row, here, DIM, 0, VALUE_DIM)
-        keys_rest, values = keys, keys
-        if REST:
-            keys_rest = _load_rows(base, key_row, here, DIM, VALUE_DIM, REST)
+        keys = _load_parts(base, key_row, here, DIM, VALUE_DIM, PARTS, REST)
+        values = keys
         if not LATENT:
-            values = _load_rows(base + plane_stride, key_row, here, DIM, 0, VALUE_DIM)
+            values = _load_parts(base + plane_stride, key_row, here, DIM, VALUE_DIM, PARTS, 0)
         visible = (position[:, None] if KEYS_FIRST else position[None, :]) <= _beside(last_seen, KEYS_FIRST)
-        top, total, acc = _tile(
-            q, q_rest, keys, keys_rest, values, visible, scale, top, total, acc, REST, KEYS_FIRST, UPCAST
-        )
+        top, total, acc = _tile(q, keys, values, visible, scale, top, total, acc, KEYS_FIRST, UPCAST)
         step = tl.where(start < FRONT, FRONT_STEP, STEP)
         if ((start + BLOCK_KEYS) % step == 0) | (start + BLOCK_KEYS >= stop):
             all_top, all_total, all_acc = _fold(all_top, all_total, all_acc, top, total, acc, KEYS_FIRST)
-            top, total, acc = tl.full([BLOCK_ROWS], float("-inf"), tl.float32), tl.zeros_like(total), tl.zeros_like(acc)
+            top, total, acc = _no_sum(BLOCK_ROWS, VALUE_DIM, PARTS, KEYS_FIRST)
     return all_total, all_top, all_acc
 
 
@@ -296,8 +317,8 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     scale, plane_stride, table_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, Q_LEN: tl.constexpr, VALUE_DIM: tl.constexpr, REST: tl.constexpr,
     LATENT: tl.constexpr, PAGE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    KEYS_FIRST: tl.constexpr, FRONT_STEP: tl.constexpr, FRONT: tl.constexpr, STEP: tl.constexpr,
-    UPCAST: tl.constexpr, PDL: tl.constexpr, PREFETCHED: tl.constexpr, TMA: tl.constexpr,
+    PARTS: tl.constexpr, KEYS_FIRST: tl.constexpr, FRONT_STEP: tl.constexpr, FRONT: tl.constexpr,
+    STEP: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr, PREFETCHED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Program (lane, p) computes run p of the plan for one KV head's block of rows."""
     if PDL:
@@ -332,30 +353,29 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         end = tl.where(place == last, last_split, splits)
         stop = tl.minimum(split_start(end, FRONT_STEP, FRONT, STEP), length)
         slot_row = slot * ALL_ROWS
-        q_main = _load_rows(q + slot_row * DIM, row, valid, DIM, 0, VALUE_DIM)
-        q_rest = q_main
-        if REST:
-            q_rest = _load_rows(q + slot_row * DIM, row, valid, DIM, VALUE_DIM, REST)
+        q_parts = _load_parts(q + slot_row * DIM, row, valid, DIM, VALUE_DIM, PARTS, REST)
 
         # A program that starts the slot folds all its splits in one go; one that takes it over leaves each by itself.
         for part in range(begin, tl.where(begin == 0, tl.minimum(end, 1), end)):
             start = split_start(part, FRONT_STEP, FRONT, STEP)
             part_stop = tl.where(begin == 0, stop, split_start(part + 1, FRONT_STEP, FRONT, STEP))
             total, top, acc = _attend(
-                q_main, q_rest, cache, key_tiles, rest_tiles, block_table + slot * table_stride, start,
+                q_parts, cache, key_tiles, rest_tiles, block_table + slot * table_stride, start,
                 tl.minimum(part_stop, stop), length, length - Q_LEN + query, kv_head, scale, plane_stride,
-                KV_HEADS, VALUE_DIM, REST, LATENT, PAGE, BLOCK_ROWS, BLOCK_KEYS, KEYS_FIRST,
+                KV_HEADS, VALUE_DIM, REST, LATENT, PAGE, BLOCK_ROWS, BLOCK_KEYS, PARTS, KEYS_FIRST,
                 FRONT_STEP, FRONT, STEP, UPCAST, TMA,
             )  # fmt: skip
             if (begin == 0) & (folded == splits):
-                acc = _normalised(total, acc, KEYS_FIRST)
-                _store_rows(out + slot_row * VALUE_DIM, row, valid, acc, VALUE_DIM, KEYS_FIRST)
+                for i in tl.static_range(PARTS):
+                    mean = _normalised(total, acc[i], KEYS_FIRST)
+                    _store_rows(out + slot_row * VALUE_DIM, row, valid, mean, VALUE_DIM, i, KEYS_FIRST)
             else:
                 unit = base_unit + start // FRONT_STEP
                 tl.store(stats + unit * (2 * ALL_ROWS) + row, top, mask=valid)
                 tl.store(stats + unit * (2 * ALL_ROWS) + ALL_ROWS + row, total, mask=valid)
                 unit_acc = partial + unit.to(tl.int64) * (ALL_ROWS * VALUE_DIM)
-                _store_rows(unit_acc, row, valid, acc, VALUE_DIM, KEYS_FIRST)
+                for i in tl.static_range(PARTS):
+                    _store_rows(unit_acc, row, valid, acc[i], VALUE_DIM, i, KEYS_FIRST)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -376,9 +396,7 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     if PDL:
         gdc_wait()
     if (folded < splits) | (splits == 0):
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, VALUE_DIM], tl.float32)
+        top, total, acc = _no_sum(ROWS, VALUE_DIM, 1, False)
         for split in tl.range(tl.maximum(folded - 1, 0), splits, loop_unroll_factor=4):
             start = split_start(split, FRONT_STEP, FRONT, STEP) // FRONT_STEP
             unit = base_unit + tl.where(split < folded, 0, start)
@@ -388,6 +406,6 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
             )
             split_top = tl.load(split_stats, mask=valid, other=float("-inf"))
             split_total = tl.load(split_stats + ALL_ROWS, mask=valid, other=0.0)
-            top, total, acc = _fold(top, total, acc, split_top, split_total, split_acc, False)
+            top, total, acc = _fold(top, total, acc, split_top, split_total, (split_acc,), False)
         slot_out = out + slot * (ALL_ROWS * VALUE_DIM)
-        _store_rows(slot_out, row, valid, _normalised(total, acc, False), VALUE_DIM, False)
+        _store_rows(slot_out, row, valid, _normalised(total, acc[0], False), VALUE_DIM, 0, False)

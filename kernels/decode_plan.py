@@ -77,7 +77,7 @@ class DecodeShape:
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """How a layer is cut into programs. All but `programs_per_sm` and `pdl` may change bits.
+    """How a layer is cut into programs. All but `programs_per_sm`, `descriptors` and `pdl` may change bits.
 
     Tiles are `block_rows` (query, head) pairs by `block_keys` keys, which come through `descriptors` where latents
     allow it. `pdl` overlaps both kernels' starts with the ends of those in front of them (programmatic dependent
@@ -93,6 +93,7 @@ class DecodeTiles:
     pdl: bool = False
     splits: SplitTable = SplitTable()
     descriptors: bool = False
+    parts: int = 1
 
     def lanes(self, shape: DecodeShape) -> int:
         """Programs that run one plan beside each other: one for each KV head and block of rows."""

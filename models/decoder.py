@@ -80,6 +80,8 @@ class Decoder:
         for layer in self._layers:
             layer.attention.pack()
             layer.mlp.pack()
+            if isinstance(layer.attention, LatentAttention) and isinstance(layer.mlp, MixtureOfExperts):
+                layer.attention.ahead = layer.mlp.always_read()
         self._head.pack()
 
     def forward(

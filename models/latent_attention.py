@@ -45,6 +45,7 @@ class LatentAttention:
         self._latent_norm = new(mla.kv_lora_rank)
         self._up = new(self._heads, mla.qk_nope_head_dim + mla.v_head_dim, mla.kv_lora_rank)
         self._output = RowParallelLinear(config.num_heads * mla.v_head_dim, config.hidden_size, False, new, tp)
+        self.ahead: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # what the experts will surely read
 
     def named_weights(self) -> NamedTensors:
         first = "q_proj" if self._query_up is None else "q_a_proj"
@@ -102,8 +103,9 @@ class LatentAttention:
     def attend(self, q: torch.Tensor, cache_layer: torch.Tensor, sequences: Sequences) -> torch.Tensor | Terms:
         mixed = sequences.attend(q, cache_layer, self._scale, self._mla.kv_lora_rank)
         values = mixed.new_empty(len(q), self._heads, self._mla.v_head_dim)
-        self._expand_values(mixed, values)
-        return self._output.terms(values.flatten(1))
+        gate_up, down = self.ahead
+        self._expand_values(mixed, values, gate_up)
+        return self._output.terms(values.flatten(1), down)
 
 
 def _values(sum_of: torch.Tensor | Terms) -> torch.Tensor:

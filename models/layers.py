@@ -96,10 +96,10 @@ class Linear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
 
-    def terms(self, x: torch.Tensor) -> torch.Tensor | Terms:
-        """The same for a reader that adds terms up itself, where that is faster."""
-        tiles = matmul.choose_tiles(len(x), *self.weight.shape) if x.is_cuda and self.bias is None else None
-        return self(x) if tiles is None else Terms(matmul.product_terms(x, self.weight, tiles))
+    def terms(self, x: torch.Tensor, ahead: torch.Tensor | None = None) -> torch.Tensor | Terms:
+        """The same for a reader that adds terms up itself, where that is faster. `ahead`: as in `product_terms`."""
+        tiles = matmul.choose_tiles(len(x), x.shape[1]) if x.is_cuda and self.bias is None else None
+        return self(x) if tiles is None else Terms(matmul.product_terms(x, self.weight, tiles, ahead))
 
 
 class RowParallelLinear(Linear):
@@ -113,8 +113,8 @@ class RowParallelLinear(Linear):
         total = self._tp.all_reduce(linear(x, self.weight))
         return total if self.bias is None else total.add_(self.bias)
 
-    def terms(self, x: torch.Tensor) -> torch.Tensor | Terms:
-        return super().terms(x) if self._tp.size == 1 else self(x)
+    def terms(self, x: torch.Tensor, ahead: torch.Tensor | None = None) -> torch.Tensor | Terms:
+        return super().terms(x, ahead) if self._tp.size == 1 else self(x)
 
 
 class HeadwiseLinear:
@@ -124,10 +124,11 @@ class HeadwiseLinear:
         self.weight = weight
         self._packed = [pack(head) for head in weight] if weight.is_cpu else []
 
-    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
+    def __call__(self, x: torch.Tensor, out: torch.Tensor, ahead: torch.Tensor | None = None) -> None:
         """`x` [tokens, heads, in] into `out` [tokens, heads, out], which may be part of wider heads."""
         if x.is_cuda and len(x) <= 256:
-            matmul.headwise_terms(x, self.weight, matmul.headwise_tiles(len(x), x.shape[2]), out.unsqueeze(0))
+            tiles = matmul.headwise_tiles(len(x), x.shape[2])
+            matmul.headwise_terms(x, self.weight, tiles, out.unsqueeze(0), ahead)
             return
         if x.is_cuda:
             torch.bmm(x.transpose(0, 1), self.weight.transpose(1, 2), out=out.transpose(0, 1))

@@ -107,6 +107,12 @@ class MixtureOfExperts:
         shared = self._shared(x, sequences)
         return routed + (shared.sum(x.dtype) if isinstance(shared, Terms) else shared)
 
+    def always_read(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The weights of shared experts that stand among the routed ones: gate_up and down."""
+        if not self._gate.is_cuda or not self._shared_choices:
+            return None, None
+        return self._gate_up[-self._shared_choices :], self._down[-self._shared_choices :]
+
     def _append_shared(self) -> int:
         """Make shared experts of routed ones that every token chooses, with weight 1; returns how many."""
         if self._shared is None:
