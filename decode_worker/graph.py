@@ -104,7 +104,7 @@ class DecodeGraph:
         gather_rows(self._state.table, rows, self._cache.layout.page_size, self._max_tokens)
         self._attention.plan()
         hidden = self._model.forward(rows.tokens, rows.positions, self._cache.layers, self._attention, rows.cache_slots)
-        logits = self._model.logits(hidden)
+        logits = self._model.narrow_logits(hidden)
         sample_rows(
             logits, rows.slots, rows.next_positions, rows.live, self._state.sampler, self.sampled, self._scratch
         )

@@ -7,6 +7,9 @@ its neighbours, its place, the number of programs, or the page size.
 
 Rows are the (query, head) pairs that share a KV head, in blocks padded for the tensor cores. Scores are [rows, keys],
 or with `keys_first` [keys, rows]: 64 keys fill Hopper's wgmma, which 16 rows do not.
+
+With `tiles.descriptors`, whole tiles of keys come by the bulk copy engine (TMA), one descriptor for all pages. It
+copies whatever lies there, so the tile at a context's end, behind which pages may hold NaN, is loaded under a mask.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from splitserve.kernels.decode_plan import (
     DecodePlan,
@@ -25,9 +29,11 @@ from splitserve.kernels.decode_plan import (
     split_start,
 )
 from splitserve.kernels.head_sizes import runs_on_gpu
+from splitserve.kernels.prefetch import prefetch_l2
 
 LOG2_E = 1.4426950408889634
 COMBINE_ROWS = 1
+PREFETCHED = 256  # tokens of a program's run that it asks for before the kernel in front has ended
 
 
 def decode_attention(
@@ -57,23 +63,35 @@ def decode_attention(
     if out is None:
         out = q.new_empty(slots, shape.q_len, shape.heads, shape.value_dim)
     interpreted = not q.is_cuda  # the interpreter's dot is wrong in bfloat16
-    main = shape.value_dim
+    main, pdl = shape.value_dim, tiles.pdl and not interpreted
     sizes = {
-        "HEADS": shape.heads, "Q_LEN": shape.q_len, "VALUE_DIM": main, "PDL": tiles.pdl,
+        "HEADS": shape.heads, "Q_LEN": shape.q_len, "VALUE_DIM": main, "PDL": pdl, "launch_pdl": pdl,
         "FRONT_STEP": plan.splits.front_step, "FRONT": plan.splits.front, "STEP": plan.splits.step,
     }  # fmt: skip
     _decode_kernel[(tiles.lanes(shape), plan.programs)](
-        q, cache_layer, block_table, lengths, out, plan.order, plan.boundaries, plan.slots, scratch.acc,
-        scratch.stats, scale * LOG2_E, cache_layer.stride(0), block_table.stride(0),
+        q, cache_layer, *_key_tiles(cache_layer, shape, tiles), block_table, lengths, out, plan.order,
+        plan.boundaries, plan.slots, scratch.acc, scratch.stats, scale * LOG2_E, cache_layer.stride(0),
+        block_table.stride(0),
         KV_HEADS=shape.kv_heads, REST=shape.dim - main, LATENT=shape.latent, PAGE=shape.page_size,
-        BLOCK_ROWS=tiles.block_rows, BLOCK_KEYS=tiles.block_keys, KEYS_FIRST=tiles.keys_first,
-        UPCAST=interpreted, num_warps=tiles.num_warps, num_stages=tiles.num_stages, **sizes,
+        BLOCK_ROWS=tiles.block_rows, BLOCK_KEYS=tiles.block_keys, PARTS=tiles.parts, KEYS_FIRST=tiles.keys_first,
+        UPCAST=interpreted, PREFETCHED=PREFETCHED, TMA=tiles.descriptors, num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages, **sizes,
     )  # fmt: skip
     _combine_kernel[(slots, -(-shape.q_len * shape.heads // COMBINE_ROWS))](
         lengths, out, plan.slots, scratch.acc, scratch.stats,
-        ROWS=COMBINE_ROWS, num_warps=4 if main >= 512 else 1, launch_pdl=tiles.pdl, **sizes,
+        ROWS=COMBINE_ROWS, num_warps=4 if main >= 512 else 1, **sizes,
     )  # fmt: skip
     return out
+
+
+def _key_tiles(cache_layer: torch.Tensor, shape: DecodeShape, tiles: DecodeTiles) -> tuple[object, object]:
+    """Descriptors of [block_keys, ...] tiles of the keys' main and rest columns, or nothing of use."""
+    if not tiles.descriptors:
+        return cache_layer, cache_layer
+    rows = cache_layer[0].flatten(0, 2)
+    widths = (shape.value_dim // tiles.parts, shape.dim - shape.value_dim)
+    main, rest = (TensorDescriptor.from_tensor(rows, [tiles.block_keys, width]) for width in widths)
+    return main, rest
 
 
 def decode_attention_reference(
@@ -124,6 +142,8 @@ def _checked_shape(
         raise ValueError(f"tiles {tiles} do not fit the plan's {plan.splits}")
     if not (q.is_contiguous() and cache_layer[0].is_contiguous() and block_table.stride(1) == 1):
         raise ValueError("q, cache_layer and the rows of block_table must be contiguous")
+    if tiles.descriptors and not (shape.latent and page_size >= tiles.block_keys):
+        raise ValueError(f"descriptors are for latents in pages of at least {tiles.block_keys} tokens: {shape}")
     return shape
 
 
@@ -147,8 +167,11 @@ def _fold(top, total, acc, other_top, other_total, other_acc, KEYS_FIRST: tl.con
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     keep, add = tl.exp2(top - base), tl.exp2(other_top - base)
     total = tl.fma(other_total, add, total * keep)
-    wide_add = tl.broadcast_to(_beside(add, KEYS_FIRST), acc.shape)
-    return new_top, total, tl.fma(other_acc, wide_add, acc * _beside(keep, KEYS_FIRST))
+    folded: tl.tuple = ()
+    for part in tl.static_range(len(acc)):
+        wide_add = tl.broadcast_to(_beside(add, KEYS_FIRST), acc[part].shape)
+        folded += (tl.fma(other_acc[part], wide_add, acc[part] * _beside(keep, KEYS_FIRST)),)
+    return new_top, total, folded
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -157,46 +180,71 @@ def _normalised(total, acc, KEYS_FIRST: tl.constexpr):  # type: ignore[no-untype
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _scores(q, keys, KEYS_FIRST: tl.constexpr, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    first, second = (keys, q) if KEYS_FIRST else (q, keys)
+    return _dot(first, tl.trans(second), None, UPCAST)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _tile(  # type: ignore[no-untyped-def]
-    q, q_rest, keys, keys_rest, values, visible, scale, top, total, acc,
-    REST: tl.constexpr, KEYS_FIRST: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over one tile of keys."""
-    if KEYS_FIRST:
-        scores = _dot(keys, tl.trans(q), None, UPCAST)
-        if REST:
-            scores = _dot(keys_rest, tl.trans(q_rest), scores, UPCAST)
-    else:
-        scores = _dot(q, tl.trans(keys), None, UPCAST)
-        if REST:
-            scores = _dot(q_rest, tl.trans(keys_rest), scores, UPCAST)
+    q, keys, values, visible, scale, top, total, acc, KEYS_FIRST: tl.constexpr, UPCAST: tl.constexpr
+):
+    """Online softmax over one tile of keys. A sum for each part of the columns: one alone would be a long chain."""
     KEY_AXIS: tl.constexpr = 0 if KEYS_FIRST else 1
+    scores = _scores(q[0], keys[0], KEYS_FIRST, UPCAST)
+    for part in tl.static_range(1, len(q)):
+        more = _scores(q[part], keys[part], KEYS_FIRST, UPCAST)
+        scores = tl.fma(scores, tl.full(scores.shape, 1.0, tl.float32), more)  # a plain sum would join the chains again
     scores = tl.where(visible, scores * scale, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, KEY_AXIS))
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(scores - _beside(base, KEYS_FIRST))
     keep = tl.exp2(top - base)
     total = tl.fma(total, keep, tl.sum(weights, KEY_AXIS))
-    acc = acc * _beside(keep, KEYS_FIRST)
-    if KEYS_FIRST:
-        acc = _dot(tl.trans(values), weights.to(values.dtype), acc, UPCAST)
-    else:
-        acc = _dot(weights.to(values.dtype), values, acc, UPCAST)
-    return new_top, total, acc
+    weights = weights.to(values[0].dtype)
+    summed: tl.tuple = ()
+    for part in tl.static_range(len(acc)):
+        kept = acc[part] * _beside(keep, KEYS_FIRST)
+        if KEYS_FIRST:
+            summed += (_dot(tl.trans(values[part]), weights, kept, UPCAST),)
+        else:
+            summed += (_dot(weights, values[part], kept, UPCAST),)
+    return new_top, total, summed
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _store_rows(base, row, valid, acc, VALUE_DIM: tl.constexpr, KEYS_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
-    value = tl.arange(0, VALUE_DIM)
+def _no_sum(ROWS: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr, KEYS_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Maximum, sum and weighted values of no key at all."""
+    acc: tl.tuple = ()
+    for _ in tl.static_range(PARTS):
+        acc += (tl.zeros([DIM // PARTS, ROWS] if KEYS_FIRST else [ROWS, DIM // PARTS], tl.float32),)
+    return tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32), acc
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store_rows(base, row, valid, acc, ROW_DIM: tl.constexpr, PART: tl.constexpr, KEYS_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store part PART of the rows' columns."""
     if KEYS_FIRST:
         acc = tl.trans(acc)
-    tl.store(base + row[:, None] * VALUE_DIM + value[None, :], acc.to(base.dtype.element_ty), mask=valid[:, None])
+    column = PART * acc.shape[1] + tl.arange(0, acc.shape[1])
+    tl.store(base + row[:, None] * ROW_DIM + column[None, :], acc.to(base.dtype.element_ty), mask=valid[:, None])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _load_rows(base, row, mask, ROW_DIM: tl.constexpr, FIRST: tl.constexpr, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
     columns = FIRST + tl.arange(0, DIM)
     return tl.load(base + row[:, None] * ROW_DIM + columns[None, :], mask=mask[:, None], other=0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _load_parts(base, row, mask, ROW_DIM: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr, REST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first DIM columns of `row`s in PARTS parts, and the REST behind them."""
+    loaded: tl.tuple = ()
+    for part in tl.static_range(PARTS):
+        loaded += (_load_rows(base, row, mask, ROW_DIM, part * (DIM // PARTS), DIM // PARTS),)
+    if REST:
+        loaded += (_load_rows(base, row, mask, ROW_DIM, DIM, REST),)
+    return loaded
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -212,21 +260,37 @@ def _load_pages(block_table, start, stop, PAGE: tl.constexpr, BLOCK_KEYS: tl.con
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
-    q, q_rest, cache, block_table, first, stop, length, last_seen, kv_head, scale, plane_stride,
+    q, cache, key_tiles, rest_tiles, block_table, first, stop, length, last_seen, kv_head, scale, plane_stride,
     KV_HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, REST: tl.constexpr, LATENT: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, KEYS_FIRST: tl.constexpr,
-    FRONT_STEP: tl.constexpr, FRONT: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, PARTS: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    FRONT_STEP: tl.constexpr, FRONT: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Attend over positions `first` to `stop`, whole splits of one slot: the fold of their results."""
     DIM: tl.constexpr = VALUE_DIM + REST
     key = tl.arange(0, BLOCK_KEYS)
-    top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_ROWS], tl.float32)
-    acc = tl.zeros([VALUE_DIM, BLOCK_ROWS] if KEYS_FIRST else [BLOCK_ROWS, VALUE_DIM], tl.float32)
+    top, total, acc = _no_sum(BLOCK_ROWS, VALUE_DIM, PARTS, KEYS_FIRST)
     all_top, all_total, all_acc = top, total, acc
     # Carried from one tile to the next: a page number loaded where it is used would cost the pipeline its depth.
     next_pages = _load_pages(block_table, first, stop, PAGE, BLOCK_KEYS)
-    for start in range(first, stop, BLOCK_KEYS):
+    whole = first
+    if TMA:
+        whole = first + tl.maximum(stop - first, 0) // BLOCK_KEYS * BLOCK_KEYS
+        for start in range(first, whole, BLOCK_KEYS):
+            key_row = ((next_pages * KV_HEADS + kv_head) * PAGE + start % PAGE).to(tl.int32)
+            next_pages = _load_pages(block_table, start + BLOCK_KEYS, stop, PAGE, BLOCK_KEYS)
+            keys: tl.tuple = ()
+            for part in tl.static_range(PARTS):
+                keys += (key_tiles.load([key_row, part * (VALUE_DIM // PARTS)]),)
+            if REST:
+                keys += (rest_tiles.load([key_row, VALUE_DIM]),)
+            position = start + key
+            visible = (position[:, None] if KEYS_FIRST else position[None, :]) <= _beside(last_seen, KEYS_FIRST)
+            top, total, acc = _tile(q, keys, keys, visible, scale, top, total, acc, KEYS_FIRST, UPCAST)
+            step = tl.where(start < FRONT, FRONT_STEP, STEP)
+            if ((start + BLOCK_KEYS) % step == 0) | (start + BLOCK_KEYS >= stop):
+                all_top, all_total, all_acc = _fold(all_top, all_total, all_acc, top, total, acc, KEYS_FIRST)
+                top, total, acc = _no_sum(BLOCK_ROWS, VALUE_DIM, PARTS, KEYS_FIRST)
+    for start in range(whole, stop, BLOCK_KEYS):
         pages = next_pages
         next_pages = _load_pages(block_table, start + BLOCK_KEYS, stop, PAGE, BLOCK_KEYS)
         position = start + key
@@ -234,33 +298,27 @@ def _attend(  # type: ignore[no-untyped-def]
         here = position < length
         base = cache + (pages * KV_HEADS + kv_head) * (PAGE * DIM) if PAGE >= BLOCK_KEYS else cache
         key_row = position % PAGE if PAGE >= BLOCK_KEYS else (pages * KV_HEADS + kv_head) * PAGE + position % PAGE
-        keys = _load_rows(base, key_row, here, DIM, 0, VALUE_DIM)
-        keys_rest, values = keys, keys
-        if REST:
-            keys_rest = _load_rows(base, key_row, here, DIM, VALUE_DIM, REST)
+        keys = _load_parts(base, key_row, here, DIM, VALUE_DIM, PARTS, REST)
+        values = keys
         if not LATENT:
-            values = _load_rows(base + plane_stride, key_row, here, DIM, 0, VALUE_DIM)
+            values = _load_parts(base + plane_stride, key_row, here, DIM, VALUE_DIM, PARTS, 0)
         visible = (position[:, None] if KEYS_FIRST else position[None, :]) <= _beside(last_seen, KEYS_FIRST)
-        top, total, acc = _tile(
-            q, q_rest, keys, keys_rest, values, visible, scale, top, total, acc, REST, KEYS_FIRST, UPCAST
-        )
+        top, total, acc = _tile(q, keys, values, visible, scale, top, total, acc, KEYS_FIRST, UPCAST)
         step = tl.where(start < FRONT, FRONT_STEP, STEP)
         if ((start + BLOCK_KEYS) % step == 0) | (start + BLOCK_KEYS >= stop):
             all_top, all_total, all_acc = _fold(all_top, all_total, all_acc, top, total, acc, KEYS_FIRST)
-            top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-            total = tl.zeros([BLOCK_ROWS], tl.float32)
-            acc = tl.zeros_like(acc)
+            top, total, acc = _no_sum(BLOCK_ROWS, VALUE_DIM, PARTS, KEYS_FIRST)
     return all_total, all_top, all_acc
 
 
 @triton.jit(do_not_specialize=["table_stride"])  # type: ignore[untyped-decorator]
 def _decode_kernel(  # type: ignore[no-untyped-def]
-    q, cache, block_table, lengths, out, order, boundaries, slot_plans, partial, stats,
+    q, cache, key_tiles, rest_tiles, block_table, lengths, out, order, boundaries, slot_plans, partial, stats,
     scale, plane_stride, table_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, Q_LEN: tl.constexpr, VALUE_DIM: tl.constexpr, REST: tl.constexpr,
     LATENT: tl.constexpr, PAGE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    KEYS_FIRST: tl.constexpr, FRONT_STEP: tl.constexpr, FRONT: tl.constexpr, STEP: tl.constexpr,
-    UPCAST: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr, KEYS_FIRST: tl.constexpr, FRONT_STEP: tl.constexpr, FRONT: tl.constexpr,
+    STEP: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr, PREFETCHED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Program (lane, p) computes run p of the plan for one KV head's block of rows."""
     if PDL:
@@ -278,6 +336,14 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     first, first_split = tl.load(boundaries + program * 2), tl.load(boundaries + program * 2 + 1)
     last, last_split = tl.load(boundaries + program * 2 + 2), tl.load(boundaries + program * 2 + 3)
     live = tl.load(boundaries + tl.num_programs(1) * 2)
+    if PDL:
+        if (LATENT & (PAGE >= BLOCK_KEYS)) and first < live:
+            slot = tl.load(order + first)
+            token = split_start(first_split, FRONT_STEP, FRONT, STEP) + tl.arange(0, PREFETCHED)
+            token = tl.minimum(token, tl.load(lengths + slot) - 1)
+            page = tl.load(block_table + slot * table_stride + token // PAGE).to(tl.int64)
+            prefetch_l2(cache + ((page * KV_HEADS + kv_head) * PAGE + token % PAGE) * DIM, DIM * 2)
+        gdc_wait()
     for place in range(first, tl.minimum(last + 1, live)):
         slot = tl.load(order + place)
         length = tl.load(lengths + slot)
@@ -287,30 +353,29 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         end = tl.where(place == last, last_split, splits)
         stop = tl.minimum(split_start(end, FRONT_STEP, FRONT, STEP), length)
         slot_row = slot * ALL_ROWS
-        q_main = _load_rows(q + slot_row * DIM, row, valid, DIM, 0, VALUE_DIM)
-        q_rest = q_main
-        if REST:
-            q_rest = _load_rows(q + slot_row * DIM, row, valid, DIM, VALUE_DIM, REST)
+        q_parts = _load_parts(q + slot_row * DIM, row, valid, DIM, VALUE_DIM, PARTS, REST)
 
         # A program that starts the slot folds all its splits in one go; one that takes it over leaves each by itself.
         for part in range(begin, tl.where(begin == 0, tl.minimum(end, 1), end)):
             start = split_start(part, FRONT_STEP, FRONT, STEP)
             part_stop = tl.where(begin == 0, stop, split_start(part + 1, FRONT_STEP, FRONT, STEP))
             total, top, acc = _attend(
-                q_main, q_rest, cache, block_table + slot * table_stride, start, tl.minimum(part_stop, stop), length,
-                length - Q_LEN + query, kv_head, scale, plane_stride,
-                KV_HEADS, VALUE_DIM, REST, LATENT, PAGE, BLOCK_ROWS, BLOCK_KEYS, KEYS_FIRST,
-                FRONT_STEP, FRONT, STEP, UPCAST,
+                q_parts, cache, key_tiles, rest_tiles, block_table + slot * table_stride, start,
+                tl.minimum(part_stop, stop), length, length - Q_LEN + query, kv_head, scale, plane_stride,
+                KV_HEADS, VALUE_DIM, REST, LATENT, PAGE, BLOCK_ROWS, BLOCK_KEYS, PARTS, KEYS_FIRST,
+                FRONT_STEP, FRONT, STEP, UPCAST, TMA,
             )  # fmt: skip
             if (begin == 0) & (folded == splits):
-                acc = _normalised(total, acc, KEYS_FIRST)
-                _store_rows(out + slot_row * VALUE_DIM, row, valid, acc, VALUE_DIM, KEYS_FIRST)
+                for i in tl.static_range(PARTS):
+                    mean = _normalised(total, acc[i], KEYS_FIRST)
+                    _store_rows(out + slot_row * VALUE_DIM, row, valid, mean, VALUE_DIM, i, KEYS_FIRST)
             else:
                 unit = base_unit + start // FRONT_STEP
                 tl.store(stats + unit * (2 * ALL_ROWS) + row, top, mask=valid)
                 tl.store(stats + unit * (2 * ALL_ROWS) + ALL_ROWS + row, total, mask=valid)
                 unit_acc = partial + unit.to(tl.int64) * (ALL_ROWS * VALUE_DIM)
-                _store_rows(unit_acc, row, valid, acc, VALUE_DIM, KEYS_FIRST)
+                for i in tl.static_range(PARTS):
+                    _store_rows(unit_acc, row, valid, acc[i], VALUE_DIM, i, KEYS_FIRST)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -320,6 +385,8 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     FRONT_STEP: tl.constexpr, FRONT: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (slot, block of rows) folds what several programs left of a slot; idle slots get 0."""
+    if PDL:
+        gdc_launch_dependents()
     slot = tl.program_id(0)
     ALL_ROWS: tl.constexpr = Q_LEN * HEADS
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -329,9 +396,7 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     if PDL:
         gdc_wait()
     if (folded < splits) | (splits == 0):
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, VALUE_DIM], tl.float32)
+        top, total, acc = _no_sum(ROWS, VALUE_DIM, 1, False)
         for split in tl.range(tl.maximum(folded - 1, 0), splits, loop_unroll_factor=4):
             start = split_start(split, FRONT_STEP, FRONT, STEP) // FRONT_STEP
             unit = base_unit + tl.where(split < folded, 0, start)
@@ -341,6 +406,6 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
             )
             split_top = tl.load(split_stats, mask=valid, other=float("-inf"))
             split_total = tl.load(split_stats + ALL_ROWS, mask=valid, other=0.0)
-            top, total, acc = _fold(top, total, acc, split_top, split_total, split_acc, False)
+            top, total, acc = _fold(top, total, acc, split_top, split_total, (split_acc,), False)
         slot_out = out + slot * (ALL_ROWS * VALUE_DIM)
-        _store_rows(slot_out, row, valid, _normalised(total, acc, False), VALUE_DIM, False)
+        _store_rows(slot_out, row, valid, _normalised(total, acc[0], False), VALUE_DIM, 0, False)

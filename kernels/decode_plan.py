@@ -77,10 +77,11 @@ class DecodeShape:
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """How a layer is cut into programs. All but `programs_per_sm` and `pdl` may change bits.
+    """How a layer is cut into programs. All but `programs_per_sm`, `descriptors` and `pdl` may change bits.
 
-    Tiles are `block_rows` (query, head) pairs by `block_keys` keys. `pdl` starts the combining kernel while the
-    attention ends (programmatic dependent launch).
+    Tiles are `block_rows` (query, head) pairs by `block_keys` keys, which come through `descriptors` where latents
+    allow it. `pdl` overlaps both kernels' starts with the ends of those in front of them (programmatic dependent
+    launch): then plan, lengths and block table must have been written before the kernel in front began.
     """
 
     block_rows: int = 16
@@ -91,6 +92,8 @@ class DecodeTiles:
     programs_per_sm: int = 1
     pdl: bool = False
     splits: SplitTable = SplitTable()
+    descriptors: bool = False
+    parts: int = 1
 
     def lanes(self, shape: DecodeShape) -> int:
         """Programs that run one plan beside each other: one for each KV head and block of rows."""
@@ -110,7 +113,7 @@ def choose_tiles(shape: DecodeShape, slots: int) -> DecodeTiles:
     if not shape.latent:
         return DecodeTiles(16 if shape.rows <= 16 else 32, keys_first=True, programs_per_sm=2)
     splits = SplitTable() if slots <= 16 else SplitTable(256, 0, 256) if slots <= 64 else SplitTable(512, 0, 512)
-    return DecodeTiles(num_warps=8, splits=splits)
+    return DecodeTiles(num_warps=8, pdl=True, splits=splits)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from splitserve.kernels.kv_write import write_kv
-from splitserve.kernels.rms_norm import rms_norm
+from splitserve.kernels.rms_norm import load_terms, rms_norm
 from splitserve.kernels.rope import apply_rope_interleaved
 
 
@@ -48,31 +48,41 @@ def triton_write_latent(
     if tokens:
         _write_latent[(tokens,)](
             latent, norm, cos, sin, cache_layer, slot_mapping, latent.stride(0), eps,
-            rank=rank, half=(width - rank) // 2,
-            block=triton.next_power_of_2(rank), block_half=triton.next_power_of_2((width - rank) // 2),
+            RANK=rank, HALF=(width - rank) // 2,
         )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _write_latent(  # type: ignore[no-untyped-def]
-    latent, norm, cos, sin, cache_layer, slot_mapping, row_stride, eps,
-    rank: tl.constexpr, half: tl.constexpr, block: tl.constexpr, block_half: tl.constexpr,
-):  # fmt: skip
+    latent, norm, cos, sin, cache_layer, slot_mapping, row_stride, eps, RANK: tl.constexpr, HALF: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
+    write_token(latent, norm, cos, sin, cache_layer, slot_mapping, token, 0, row_stride, eps, 1, RANK, HALF)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def write_token(  # type: ignore[no-untyped-def]
+    latent, norm, cos, sin, cache_layer, slot_mapping, token, term_stride, row_stride, eps,
+    TERMS: tl.constexpr, RANK: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Write one token's latent, which may still be the terms of a sum."""
+    dtype = cache_layer.dtype.element_ty
     slot = tl.load(slot_mapping + token)
-    if slot < 0:
-        return
-    source, target = latent + token * row_stride, cache_layer + slot * (rank + 2 * half)
-    column = tl.arange(0, block)
-    compressed = tl.load(source + column, mask=column < rank, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(compressed * compressed, axis=0) / rank + eps)
-    normed = compressed * scale * tl.load(norm + column, mask=column < rank, other=0.0).to(tl.float32)
-    tl.store(target + column, normed.to(cache_layer.dtype.element_ty), mask=column < rank)
-    pair = tl.arange(0, block_half)
-    low = tl.load(source + rank + 2 * pair, mask=pair < half, other=0.0).to(tl.float32)
-    high = tl.load(source + rank + 2 * pair + 1, mask=pair < half, other=0.0).to(tl.float32)
-    angle = token * 2 * half + half + pair  # the second half: there the sine has its own sign
-    cosine, sine = tl.load(cos + angle, mask=pair < half), tl.load(sin + angle, mask=pair < half)
-    turned_low, turned_high = low * cosine - high * sine, high * cosine + low * sine
-    tl.store(target + rank + pair, turned_low.to(cache_layer.dtype.element_ty), mask=pair < half)
-    tl.store(target + rank + half + pair, turned_high.to(cache_layer.dtype.element_ty), mask=pair < half)
+    if slot >= 0:
+        target = cache_layer + slot * (RANK + 2 * HALF)
+        column = tl.arange(0, triton.next_power_of_2(RANK))
+        within = column < RANK
+        compressed = load_terms(latent, None, token, column, within, term_stride, row_stride, TERMS)
+        compressed = compressed.to(dtype).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(compressed * compressed, axis=0) / RANK + eps)
+        normed = compressed * scale * tl.load(norm + column, mask=within, other=0.0).to(tl.float32)
+        tl.store(target + column, normed.to(dtype), mask=within)
+        pair = tl.arange(0, triton.next_power_of_2(HALF))
+        real = pair < HALF
+        low = load_terms(latent + RANK, None, token, 2 * pair, real, term_stride, row_stride, TERMS)
+        high = load_terms(latent + RANK + 1, None, token, 2 * pair, real, term_stride, row_stride, TERMS)
+        low, high = low.to(dtype).to(tl.float32), high.to(dtype).to(tl.float32)
+        angle = token * 2 * HALF + HALF + pair  # the second half: there the sine has its own sign
+        cosine, sine = tl.load(cos + angle, mask=real), tl.load(sin + angle, mask=real)
+        tl.store(target + RANK + pair, (low * cosine - high * sine).to(dtype), mask=real)
+        tl.store(target + RANK + HALF + pair, (high * cosine + low * sine).to(dtype), mask=real)

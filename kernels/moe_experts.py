@@ -24,6 +24,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from splitserve.kernels.launch import INTERPRETING, num_sms
 from splitserve.kernels.moe_gathered import gathered_gate_up
 from splitserve.kernels.moe_schedule import BlockSchedule, block_schedule
+from splitserve.kernels.prefetch import prefetch_l2
+from splitserve.kernels.rms_norm import Terms
 from splitserve.kernels.silu_and_mul import silu_and_mul
 
 GATHER_HIDDEN = 1024  # narrower ones were not tried
@@ -66,8 +68,9 @@ def expert_tiles(rows: int, top_k: int, num_experts: int) -> ExpertTiles:
     """
     expected = rows * top_k / num_experts
     if expected <= 48:
-        block_m = 16 if expected < 12 else 32 if expected <= 24 else 64
-        gate_up = GemmTile(64, 128, warps=4, stages=5 if block_m == 16 else 3, programs_per_sm=1, swap=True)
+        block_m = 16 if expected < 12 else 32 if expected <= 32 else 64
+        # With three stages a program of the GEMM behind it fits beside it, and asks for its weights early.
+        gate_up = GemmTile(64, 128, warps=4, stages=5 if 2 <= expected < 12 else 3, programs_per_sm=1, swap=True)
         down = GemmTile(64, 128, warps=4, stages=4 if block_m < 64 else 3, programs_per_sm=2, swap=True)
         return ExpertTiles(block_m, gate_up, down)
     gate_up = GemmTile(128, 64, warps=8, stages=4, programs_per_sm=1)
@@ -98,6 +101,24 @@ def routed_experts(
     `sms` limits the SMs that the persistent kernels take, None for all. Raises ValueError for tensors that do not fit
     together, are not contiguous, or have an odd width in bytes (rows must be multiples of 16 bytes).
     """
+    terms = routed_terms(x, weights, chosen, gate_up, down, live_rows, first_expert=first_expert, tiles=tiles, sms=sms)
+    pdl = not INTERPRETING
+    return _combine(_by_choice(terms), weights, chosen, live_rows, first_expert, gate_up.shape[0], pdl)
+
+
+def routed_terms(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    live_rows: torch.Tensor,
+    *,
+    first_expert: int = 0,
+    tiles: ExpertTiles | None = None,
+    sms: int | None = None,
+) -> Terms:
+    """The same as the terms of that sum, for whoever reads it to take. Terms of other ranks' experts hold anything."""
     _check(x, weights, chosen, gate_up, down, live_rows)
     rows, top_k = chosen.shape
     tiles = tiles or expert_tiles(rows, top_k, gate_up.shape[0])
@@ -106,9 +127,14 @@ def routed_experts(
     schedule = block_schedule(
         chosen, live_rows, gate_up.shape[0], tiles.block_m, first_expert=first_expert, pdl=tiles.pdl
     )
-    act = _gate_up(x, gate_up, schedule, top_k, tiles, sms)
-    parts = _down(act, down, schedule, rows * top_k, tiles, sms)
-    return _combine(parts, weights, chosen, live_rows, first_expert, gate_up.shape[0], tiles.pdl)
+    act = _gate_up(x, gate_up, schedule, chosen.shape[1], tiles, sms)
+    parts = _down(act, down, schedule, chosen.numel(), tiles, sms)
+    return Terms(parts.view(*chosen.shape, -1).transpose(0, 1), weights, live_rows)
+
+
+def _by_choice(terms: Terms) -> torch.Tensor:
+    """[rows * top_k, hidden], as the down GEMM left them."""
+    return terms.values.transpose(0, 1).flatten(0, 1)
 
 
 def routed_experts_reference(
@@ -210,7 +236,7 @@ def _down(
     parts = act.new_empty(num_choices, hidden)
     grid = (min(sms * tile.programs_per_sm, schedule.max_blocks * triton.cdiv(hidden, tile.block_n)),)
     _down_kernel[grid](
-        _tiled(act, tiles.block_m, tile), _tiled(down, tile.block_n, tile), parts,
+        _tiled(act, tiles.block_m, tile), _tiled(down, tile.block_n, tile), down, parts,
         schedule.slots, schedule.experts, schedule.num_blocks,
         HIDDEN=hidden, WIDTH=width, **_options(act, tiles, tile),
     )  # fmt: skip
@@ -250,6 +276,15 @@ def _multiply_add(tokens, weights, acc, SWAP: tl.constexpr, UPCAST: tl.constexpr
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _place(tile, blocks, n_tiles, SWAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The tile's block and strip. Few slots: strips of all experts side by side, and blocks that share one. Many: a
+    block's strips side by side, which share its tokens."""
+    if SWAP:
+        return tile % tl.maximum(blocks, 1), tile // tl.maximum(blocks, 1)
+    return tile // n_tiles, tile % n_tiles
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _gate_up_kernel(  # type: ignore[no-untyped-def]
     x, gate_up, act, slots, block_experts, num_blocks,
     HIDDEN: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr,
@@ -261,8 +296,10 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
     n_tiles: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     even: tl.constexpr = HIDDEN % BLOCK_K == 0
-    for tile in tl.range(tl.program_id(0), tl.load(num_blocks) * n_tiles, tl.num_programs(0)):
-        block, column = tile // n_tiles, tile % n_tiles * BLOCK_N
+    blocks = tl.load(num_blocks)
+    for tile in tl.range(tl.program_id(0), blocks * n_tiles, tl.num_programs(0)):
+        block, column = _place(tile, blocks, n_tiles, SWAP)
+        column *= BLOCK_N
         gate_row = tl.load(block_experts + block) * (2 * WIDTH) + column
         slot = block * BLOCK_M + tl.arange(0, BLOCK_M)
         token = tl.maximum(tl.load(slots + slot), 0) // TOP_K  # slots of no choice take token 0: nobody reads them
@@ -283,17 +320,24 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _down_kernel(  # type: ignore[no-untyped-def]
-    act, down, parts, slots, block_experts, num_blocks,
+    act, down, down_weights, parts, slots, block_experts, num_blocks,
     HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SWAP: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    n_tiles: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
+    blocks = tl.load(num_blocks)  # before the wait: the gate_up GEMM in front waited for the schedule itself
     if PDL:
+        if SWAP and (blocks * n_tiles <= tl.num_programs(0)) & (tl.program_id(0) < blocks * n_tiles):
+            block, column = _place(tl.program_id(0), blocks, n_tiles, SWAP)
+            row = tl.minimum(column * BLOCK_N + tl.arange(0, BLOCK_N), HIDDEN - 1)
+            row += tl.load(block_experts + block) * HIDDEN
+            prefetch_l2(down_weights + row.to(tl.int64) * WIDTH, WIDTH * 2)
         gdc_wait()
         gdc_launch_dependents()
-    n_tiles: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
-    for tile in tl.range(tl.program_id(0), tl.load(num_blocks) * n_tiles, tl.num_programs(0)):
-        block, column = tile // n_tiles, tile % n_tiles * BLOCK_N
+    for tile in tl.range(tl.program_id(0), blocks * n_tiles, tl.num_programs(0)):
+        block, column = _place(tile, blocks, n_tiles, SWAP)
+        column *= BLOCK_N
         down_row = tl.load(block_experts + block) * HIDDEN + column
         choice = tl.load(slots + block * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
         acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)

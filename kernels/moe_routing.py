@@ -8,6 +8,10 @@ from typing import Literal
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from splitserve.kernels.launch import INTERPRETING
+from splitserve.kernels.rms_norm import load_terms
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ def route(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose experts by `logits` [rows, experts] and, for sigmoid scores, `bias` [experts], all float32.
 
+    On a GPU, `logits` [terms, rows, experts] may be a sum still to be taken.
     Returns weights [rows, top_k + shared] float32 and expert ids [rows, top_k + shared] int64, the best choice first.
     The last `shared` choices are the same for all rows: the ids behind those of the experts, with weight 1.
     """
@@ -63,26 +68,29 @@ def triton_route(
     logits: torch.Tensor, bias: torch.Tensor | None, rule: Routing, shared: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same as one kernel; of equal experts the one with the lower id. `groups` must be a power of two."""
-    rows, experts = logits.shape
+    terms, rows, experts = (logits if logits.dim() == 3 else logits.unsqueeze(0)).shape
     groups = rule.groups if rule.top_groups < rule.groups else 1
     weights = logits.new_empty(rows, rule.top_k + shared)
     chosen = torch.empty(rows, rule.top_k + shared, dtype=torch.int64, device=logits.device)
     _route[(rows,)](
         logits,
-        logits if bias is None else bias,
+        bias,
         weights,
         chosen,
         rule.scale,
+        logits.stride(0),
+        terms=terms,
         experts=experts,
         top_k=rule.top_k,
         shared=shared,
         groups=groups,
         top_groups=rule.top_groups,
         sigmoid=rule.scoring == "sigmoid",
-        biased=bias is not None,
         normalise=rule.normalise,
         block=groups * triton.next_power_of_2(experts // groups),
         block_k=triton.next_power_of_2(rule.top_k + shared),
+        pdl=not INTERPRETING,
+        launch_pdl=not INTERPRETING,
         num_warps=1 if experts <= 128 else 2,
     )
     return weights, chosen
@@ -90,23 +98,28 @@ def triton_route(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _route(  # type: ignore[no-untyped-def]
-    logits, bias, weights, chosen, scale,
-    experts: tl.constexpr, top_k: tl.constexpr, shared: tl.constexpr, groups: tl.constexpr, top_groups: tl.constexpr,
-    sigmoid: tl.constexpr, biased: tl.constexpr, normalise: tl.constexpr, block: tl.constexpr, block_k: tl.constexpr,
+    logits, bias, weights, chosen, scale, term_stride,
+    terms: tl.constexpr, experts: tl.constexpr, top_k: tl.constexpr, shared: tl.constexpr, groups: tl.constexpr,
+    top_groups: tl.constexpr, sigmoid: tl.constexpr, normalise: tl.constexpr, block: tl.constexpr,
+    block_k: tl.constexpr, pdl: tl.constexpr,
 ):  # fmt: skip
+    if pdl:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, block)  # groups side by side, each padded to a power of two
     size: tl.constexpr = experts // groups
     padded: tl.constexpr = block // groups
     expert, real = lane // padded * size + lane % padded, lane % padded < size
-    values = tl.load(logits + row * experts + expert, mask=real, other=float("-inf"))
+    values = load_terms(logits, None, row, expert, real, term_stride, experts, terms)
+    values = tl.where(real, values, float("-inf"))
     if sigmoid:
         scores = 1.0 / (1.0 + tl.exp(-values))
     else:
         scores = tl.exp(values - tl.max(values, axis=0))
         scores = scores / tl.sum(scores, axis=0)
     merit = scores
-    if biased:
+    if bias is not None:
         merit += tl.load(bias + expert, mask=real, other=0.0)
     merit = tl.where(real, merit, float("-inf"))
     if groups > 1:

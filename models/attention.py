@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from splitserve.kernels.kv_write import write_kv
-from splitserve.kernels.rms_norm import rms_norm
+from splitserve.kernels.rms_norm import Terms, rms_norm
 from splitserve.kernels.rope import apply_rope
 from splitserve.models.config import ModelConfig
 from splitserve.models.layers import Linear, NamedTensors, NewTensor, RowParallelLinear, TensorParallel, parts
@@ -59,7 +59,7 @@ class Attention(Protocol):
     ) -> torch.Tensor:
         """Write what later tokens need of `x` [tokens, hidden] into the cache; returns the queries."""
 
-    def attend(self, q: torch.Tensor, cache_layer: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, cache_layer: torch.Tensor, sequences: Sequences) -> torch.Tensor | Terms:
         """Attend from `q` over the cache and project back -> [tokens, hidden]."""
 
 
@@ -106,5 +106,5 @@ class GroupedQueryAttention:
         write_kv(cache_layer, (k, v), slot_mapping)
         return q
 
-    def attend(self, q: torch.Tensor, cache_layer: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-        return self._output(sequences.attend(q, cache_layer, self._dim**-0.5).flatten(1))
+    def attend(self, q: torch.Tensor, cache_layer: torch.Tensor, sequences: Sequences) -> torch.Tensor | Terms:
+        return self._output.terms(sequences.attend(q, cache_layer, self._dim**-0.5).flatten(1))

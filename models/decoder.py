@@ -110,6 +110,10 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores of the whole vocabulary [rows, vocab] float32, on every rank, for rows of `forward`'s result."""
+        return self.narrow_logits(hidden).float()
+
+    def narrow_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same in the model's dtype, as the head computes them."""
         return self._head(hidden)
 
     def _norm_after(self, index: int) -> torch.Tensor:

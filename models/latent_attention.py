@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import torch
 
+from splitserve.kernels import matmul
+from splitserve.kernels.latent_queries import latent_queries
 from splitserve.kernels.latent_write import write_latent
-from splitserve.kernels.rms_norm import rms_norm
+from splitserve.kernels.rms_norm import Terms, rms_norm
 from splitserve.kernels.rope import apply_rope_interleaved
 from splitserve.models.attention import Angles, ExpandsLatents, Sequences
 from splitserve.models.config import MlaConfig, ModelConfig
@@ -58,9 +60,9 @@ class LatentAttention:
 
     def pack(self) -> None:
         key_up, value_up = torch.split(self._up, [self._mla.qk_nope_head_dim, self._mla.v_head_dim], dim=1)
-        self._absorb_keys = HeadwiseLinear(key_up.transpose(1, 2))
-        self._expand_values = HeadwiseLinear(value_up)
-        if self._up.is_cpu:  # packed there, a view elsewhere
+        self._absorb_keys = HeadwiseLinear(key_up.transpose(1, 2).contiguous())
+        self._expand_values = HeadwiseLinear(value_up.contiguous())
+        if self._up.is_cpu:  # where nothing expands
             del self._up
         self._down.pack()
         self._output.pack()
@@ -77,13 +79,16 @@ class LatentAttention:
     ) -> torch.Tensor:
         """Queries [tokens, heads, latent_dim], the absorbed part before the rotary one; expanded: [.., head_dim]."""
         mla = self._mla
+        expands = isinstance(sequences, ExpandsLatents)
+        if x.is_cuda and len(x) <= matmul.FEW_ROWS and not expands:
+            return self._queries(x, angles, cache_layer, slot_mapping)
         q, latent = torch.split(self._down(x), self._split, dim=-1)
         write_latent(latent, self._latent_norm, self._eps, *angles, cache_layer, slot_mapping)
         if self._query_norm is not None and self._query_up is not None:
             q = self._query_up(rms_norm(q, self._query_norm, self._eps))
         queries: torch.Tensor = q.unflatten(-1, (self._heads, -1))  # type: ignore[no-untyped-call]
         plain, turning = torch.split(queries, [mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
-        if isinstance(sequences, ExpandsLatents):
+        if expands:
             apply_rope_interleaved(turning, *angles, out=turning)
             return queries
         queries = torch.empty(len(x), self._heads, mla.latent_dim, dtype=x.dtype, device=x.device)
@@ -92,11 +97,30 @@ class LatentAttention:
         apply_rope_interleaved(turning, *angles, out=turned)
         return queries
 
-    def attend(self, q: torch.Tensor, cache_layer: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    def _queries(
+        self, x: torch.Tensor, angles: Angles, cache_layer: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> torch.Tensor:
+        """`project` in two kernels, or four with q-LoRA."""
+        down = self._down.terms(x)
+        q, latent = torch.split(_values(down), self._split, dim=-1)
+        if self._query_norm is not None and self._query_up is not None:
+            q = rms_norm(q.sum(0).to(x.dtype), self._query_norm, self._eps)
+            q = self._query_up(q).unsqueeze(0)
+            latent = latent.sum(0, keepdim=True)
+        return latent_queries(
+            q, latent, self._absorb_keys.weight, self._latent_norm, self._eps, *angles, cache_layer, slot_mapping
+        )
+
+    def attend(self, q: torch.Tensor, cache_layer: torch.Tensor, sequences: Sequences) -> torch.Tensor | Terms:
         if isinstance(sequences, ExpandsLatents):
             values = sequences.attend_expanded(q, cache_layer, self._up, self._scale, self._mla.v_head_dim)
             return self._output(values.flatten(1))
         mixed = sequences.attend(q, cache_layer, self._scale, self._mla.kv_lora_rank)
         values = mixed.new_empty(len(q), self._heads, self._mla.v_head_dim)
         self._expand_values(mixed, values)
-        return self._output(values.flatten(1))
+        return self._output.terms(values.flatten(1))
+
+
+def _values(sum_of: torch.Tensor | Terms) -> torch.Tensor:
+    """[terms, rows, dim]"""
+    return sum_of.values if isinstance(sum_of, Terms) else sum_of.unsqueeze(0)

@@ -8,6 +8,9 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from splitserve.kernels import matmul
+from splitserve.kernels.rms_norm import Terms
+
 UPCAST_ROWS = 4
 UPCAST_ELEMENTS = 1 << 20
 
@@ -93,6 +96,11 @@ class Linear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
 
+    def terms(self, x: torch.Tensor) -> torch.Tensor | Terms:
+        """The same for a reader that adds terms up itself, where that is faster."""
+        tiles = matmul.choose_tiles(len(x), x.shape[1]) if x.is_cuda and self.bias is None else None
+        return self(x) if tiles is None else Terms(matmul.product_terms(x, self.weight, tiles))
+
 
 class RowParallelLinear(Linear):
     """Each rank multiplies its part of the input columns; the sum over ranks gets the bias, which all ranks hold."""
@@ -105,18 +113,25 @@ class RowParallelLinear(Linear):
         total = self._tp.all_reduce(linear(x, self.weight))
         return total if self.bias is None else total.add_(self.bias)
 
+    def terms(self, x: torch.Tensor) -> torch.Tensor | Terms:
+        return super().terms(x) if self._tp.size == 1 else self(x)
+
 
 class HeadwiseLinear:
     """A product of its own for each head. `weight` [heads, out, in] is packed here."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self._packed = [pack(head.contiguous()) for head in weight] if weight.is_cpu else []
-        self._transposed = None if weight.is_cpu else weight.transpose(1, 2)
+        self.weight = weight
+        self._packed = [pack(head) for head in weight] if weight.is_cpu else []
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """`x` [tokens, heads, in] into `out` [tokens, heads, out], which may be part of wider heads."""
-        if self._transposed is not None:
-            torch.bmm(x.transpose(0, 1), self._transposed, out=out.transpose(0, 1))
+        if x.is_cuda and len(x) <= matmul.FEW_ROWS:
+            tiles = matmul.headwise_tiles(len(x), x.shape[2])
+            matmul.headwise_terms(x, self.weight, tiles, out.unsqueeze(0))
+            return
+        if x.is_cuda:
+            torch.bmm(x.transpose(0, 1), self.weight.transpose(1, 2), out=out.transpose(0, 1))
             return
         for head, weight in enumerate(self._packed):
             out[:, head] = linear(x[:, head], weight)
@@ -151,8 +166,8 @@ class VocabParallelHead:
         self.weight = pack(self.weight)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [rows, hidden] -> scores [rows, vocab], float32, on every rank."""
-        return self._tp.all_gather(linear(hidden, self.weight), -1)[:, : self._vocab_size].float()
+        """Hidden states [rows, hidden] -> scores [rows, vocab] of their dtype, on every rank."""
+        return self._tp.all_gather(linear(hidden, self.weight), -1)[:, : self._vocab_size]
 
 
 def prefixed(prefix: str, weights: NamedTensors) -> NamedTensors:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from splitserve.kernels.moe_experts import routed_experts
+from splitserve.kernels import matmul
+from splitserve.kernels.moe_experts import routed_experts, routed_terms
 from splitserve.kernels.moe_routing import Routing, route
+from splitserve.kernels.rms_norm import Terms
 from splitserve.kernels.silu_and_mul import silu_and_mul
 from splitserve.models.attention import Sequences
 from splitserve.models.config import ModelConfig, MoeConfig
@@ -43,8 +45,8 @@ class Mlp:
         """Gate on up [2 * width, hidden] and down [hidden, width]."""
         return self._gate_up.weight, self._down.weight
 
-    def __call__(self, x: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-        return self._down(silu_and_mul(self._gate_up(x)))
+    def __call__(self, x: torch.Tensor, sequences: Sequences) -> torch.Tensor | Terms:
+        return self._down.terms(silu_and_mul(self._gate_up(x)))
 
 
 class MixtureOfExperts:
@@ -88,19 +90,22 @@ class MixtureOfExperts:
         self._packed = [(pack(gate_up), pack(down)) for gate_up, down in zip(self._gate_up, self._down, strict=True)]
         del self._gate_up, self._down
 
-    def __call__(self, x: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, sequences: Sequences) -> torch.Tensor | Terms:
         """[tokens, hidden] -> [tokens, hidden]. A token's parts are added in the order of its choices."""
         if x.is_cuda:
-            logits = _float32_product(x, self._gate)
+            logits = _gate_scores(x, self._gate)
             weights, chosen = route(logits, self._bias, self._routing, self._shared_choices)
-            live = sequences.live_rows(len(x))
-            routed = routed_experts(
-                x, weights, chosen, self._gate_up, self._down, live, first_expert=self._experts.start
-            )
+            experts, live = (x, weights, chosen, self._gate_up, self._down), sequences.live_rows(len(x))
+            if self._tp.size == 1:
+                return routed_terms(*experts, live)
+            routed = routed_experts(*experts, live, first_expert=self._experts.start)
         else:
             routed = self._on_cpu(x)
         routed = self._tp.all_reduce(routed)
-        return routed if self._shared is None else routed + self._shared(x, sequences)
+        if self._shared is None:
+            return routed
+        shared = self._shared(x, sequences)
+        return routed + (shared.sum(x.dtype) if isinstance(shared, Terms) else shared)
 
     def _append_shared(self) -> int:
         """Make shared experts of routed ones that every token chooses, with weight 1; returns how many."""
@@ -126,8 +131,8 @@ class MixtureOfExperts:
         return total.to(x.dtype)
 
 
-def _float32_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x @ weight.T in float32, whatever their dtype. Products of two bfloat16 numbers are exact in float32."""
-    if x.dtype == torch.float32:
-        return x @ weight.T
-    return torch.mm(x, weight.T, out_dtype=torch.float32)
+def _gate_scores(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """x @ gate.T in float32, or the terms of it. Products of two bfloat16 numbers are exact in float32."""
+    if len(x) <= matmul.FEW_ROWS:
+        return matmul.product_terms(x, gate, matmul.GATE, torch.float32)
+    return x @ gate.T if x.dtype == torch.float32 else torch.mm(x, gate.T, out_dtype=torch.float32)

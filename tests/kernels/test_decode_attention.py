@@ -122,6 +122,14 @@ def test_equals_the_reference(shape: DecodeShape, tiles: DecodeTiles) -> None:
     torch.testing.assert_close(result.double(), batch.reference(), atol=2e-6, rtol=1e-5)
 
 
+def test_descriptors_change_no_bit() -> None:
+    batch = random_batch(SHAPES[5], [5, 0, 140, 64, 96])
+    tiled = replace(ROWS_FIRST, descriptors=True)
+    assert torch.equal(batch.run(tiled, programs=5), batch.run(ROWS_FIRST, programs=5))
+    with pytest.raises(ValueError, match="descriptors"):
+        random_batch(SHAPES[0], [5]).run(tiled, programs=1)
+
+
 def test_bfloat16_is_computed_in_float32() -> None:
     batch = random_batch(SHAPES[0], LENGTHS, dtype=torch.bfloat16)
     result = batch.run(ROWS_FIRST, programs=3)

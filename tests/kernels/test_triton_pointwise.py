@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from splitserve.kernels.kv_write import triton_write_kv, write_kv
+from splitserve.kernels.latent_queries import latent_queries, latent_queries_reference
 from splitserve.kernels.latent_write import triton_write_latent, write_latent
 from splitserve.kernels.rms_norm import add_rms_norm, rms_norm, triton_rms_norm
 from splitserve.kernels.rope import apply_rope, apply_rope_interleaved, triton_rope
@@ -90,4 +91,22 @@ def test_write_latent(device: str, dtype: torch.dtype) -> None:
     angles = (cos.to(device), sin.to(device))
     triton_write_latent(wide.to(device)[:, 14:], norm.to(device), 1e-5, *angles, written, slots.to(device))
     write_latent(wide[:, 14:], norm, 1e-5, cos, sin, cache, slots)
+    close(written, cache)
+
+
+@devices
+@dtypes
+@pytest.mark.parametrize("terms", [1, 3])
+def test_latent_queries(device: str, dtype: torch.dtype, terms: int) -> None:
+    cache, wide = random(1, 6, 1, 16, 56, dtype=dtype), random(terms, 5, 3 * 48 + 56, dtype=torch.float32, seed=1)
+    norm, slots = random(40, dtype=dtype, seed=2), torch.tensor([3 * 16 + 5, -1, 0, 95, 17])
+    absorb = random(3, 40, 32, dtype=dtype, seed=3) / 8
+    angles = RopeTable(RopeConfig(theta=100.0), 16, 100, torch.device("cpu")).at(torch.tensor([0, 1, 2, 50, 99]))
+    written = cache.to(device, copy=True)
+    q, latent = torch.split(wide.to(device), [3 * 48, 56], dim=-1)
+    on_device = (each.to(device) for each in (*angles, slots))
+    cos, sin, on_slots = on_device
+    queries = latent_queries(q, latent, absorb.to(device), norm.to(device), 1e-5, cos, sin, written, on_slots)
+    q, latent = torch.split(wide, [3 * 48, 56], dim=-1)
+    close(queries, latent_queries_reference(q, latent, absorb, norm, 1e-5, *angles, cache, slots))
     close(written, cache)

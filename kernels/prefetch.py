@@ -1,0 +1,19 @@
+"""Asks for memory ahead of its use, in what time a kernel has before the one in front of it ends."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def prefetch_l2(pointers, size):  # type: ignore[no-untyped-def]
+    """Bring `size` bytes (a multiple of 16) from each of `pointers` on into L2. Hopper only, not interpreted."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
+        "=r,l,r",
+        [pointers, size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
