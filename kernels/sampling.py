@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from splitserve.kernels.sampling_bins import histogram_kernel
 from splitserve.kernels.sampling_draw import draw_kernel
-from splitserve.kernels.sampling_filter import histogram_kernel, select_kernel
 from splitserve.kernels.sampling_scan import scan_kernel
 from splitserve.kernels.sampling_scratch import TOP, SamplerScratch
+from splitserve.kernels.sampling_select import select_kernel
 
 BARRED_FOREVER = 2**31 - 1
 BLOCK = 1024
@@ -148,17 +149,21 @@ def sample_rows(
         out.tokens, out.finite, out.logprob, out.top_ids, out.top_logprobs,
         scratch.adjusted, scratch.chunk_values, scratch.chunk_tokens, scratch.top_values, scratch.top_tokens,
         scratch.row_values, scratch.row_numbers, scratch.arrivals[0],
-        vocab, state.bias_ids.shape[1], state.mask.shape[1], TOP=TOP, BLOCK=block, num_warps=WARPS, maxnreg=SCAN_REGISTERS, **sizes,
+        vocab, state.bias_ids.shape[1], state.mask.shape[1],
+        TOP=TOP, BLOCK=block, num_warps=WARPS, maxnreg=SCAN_REGISTERS, **sizes,
     )  # fmt: skip
     histogram_kernel[grid](
         logits, stride, slots, state.temperature, state.top_k, state.top_p, scratch.adjusted, scratch.histogram,
-        scratch.chunk_tokens, scratch.row_values, scratch.row_numbers, scratch.arrivals[1], vocab,
+        scratch.chunk_values, scratch.chunk_tokens, scratch.row_values, scratch.row_numbers, scratch.arrivals[1],
+        vocab,
         **launch, **sizes,
     )  # fmt: skip
     select_kernel[grid](
-        logits, stride, slots, state.temperature, state.top_p, scratch.adjusted, scratch.candidates,
-        scratch.chunk_tokens, scratch.chunk_mass, scratch.row_values, scratch.row_numbers, scratch.arrivals[2], vocab,
-        BLOCK=block, TILE=scratch.chunk // 4, **launch, **sizes,
+        logits, stride, slots, positions, state.temperature, state.top_p, state.min_p, state.repetition_penalty,
+        state.presence_penalty, state.frequency_penalty, state.seed, state.sample, state.logprobs, state.counts,
+        out.tokens, out.logprob, scratch.adjusted, scratch.candidates, scratch.candidate_ids, scratch.chunk_values,
+        scratch.chunk_tokens, scratch.mass_above, scratch.row_values, scratch.row_numbers, scratch.arrivals[2], vocab,
+        BLOCK=block, **launch, **sizes,
     )  # fmt: skip
     draw_kernel[grid](
         logits, stride, slots, positions, state.temperature, state.min_p, state.repetition_penalty,

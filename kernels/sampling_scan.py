@@ -21,6 +21,7 @@ from splitserve.kernels.sampling_scratch import (
     DRAW_KEPT,
     FURTHEST,
     LEAST,
+    LEAST_TEMPERATURE,
     MODE,
     NO_TOKEN,
     RAW_BEST,
@@ -201,7 +202,7 @@ def _sum_up(  # type: ignore[no-untyped-def]
         tl.store(folded + ROW_BEST, best)
         if selects:
             least = tl.min(tl.load(values + LEAST * CHUNKS + lane, mask=lane < CHUNKS, other=float("inf")))
-            spread = tl.div_rn(best - least, tl.maximum(heat, 1.1754943508222875e-38))
+            spread = tl.div_rn(best - least, tl.maximum(heat, LEAST_TEMPERATURE))
             tl.store(folded + ROW_RANGE, tl.minimum(tl.maximum(spread, 1e-30), MAX_RANGE))
         tl.store(folded + ROW_LEAST_WEIGHT, 0.0)
         tl.store(numbers + FURTHEST, 0x7FFFFFFF)

@@ -16,6 +16,7 @@ CHUNK = 8192
 BINS = tl.constexpr(128)
 TOP = 20
 TOP_LANES = tl.constexpr(32)
+LEAST_TEMPERATURE = tl.constexpr(2.0**-126)  # the least normal float32
 NO_TOKEN = tl.constexpr(0x7FFFFFFF)
 
 # A row's mode: which kernels still have work for it.
@@ -24,13 +25,14 @@ DRAW = tl.constexpr(1)
 DRAW_KEPT = tl.constexpr(2)
 SELECT = tl.constexpr(3)
 
-# Planes of chunk_values [rows, 5, chunks] and chunk_tokens [rows, 3, chunks].
+# Planes of chunk_values [rows, 6, chunks] and chunk_tokens [rows, 3, chunks].
 BEST = tl.constexpr(0)
 LEAST = tl.constexpr(1)
 RAW_BEST = tl.constexpr(2)
 RAW_SUM = tl.constexpr(3)
 DRAWN = tl.constexpr(4)
-CHUNK_VALUES = tl.constexpr(5)
+WHOLE = tl.constexpr(5)
+CHUNK_VALUES = tl.constexpr(6)
 BEST_TOKEN = tl.constexpr(0)
 DRAWN_TOKEN = tl.constexpr(1)
 CANDIDATES_BEFORE = tl.constexpr(2)
@@ -60,16 +62,17 @@ class SamplerScratch:
 
     `adjusted` float32 and `candidates` int32 [rows, chunks * chunk]; `histogram` int32 [rows, chunks, BINS];
     `chunk_values` float32, `chunk_tokens` int32, `row_values` float32 and `row_numbers` int32 by the planes above;
-    `chunk_mass` int64 [rows, 2, chunks]: all of it, and what lies above the candidates; `top_values` float32 and
-    `top_tokens` int32 [rows, chunks, TOP_LANES]; `arrivals` int32 [3, rows or more].
+    `mass_above` int64 [rows, chunks]: of what lies above the candidates; `candidate_ids` int32 [rows, chunk];
+    `top_values` float32 and `top_tokens` int32 [rows, chunks, TOP_LANES]; `arrivals` int32 [3, rows or more].
     """
 
     adjusted: torch.Tensor
     candidates: torch.Tensor
+    candidate_ids: torch.Tensor
     histogram: torch.Tensor
     chunk_values: torch.Tensor
     chunk_tokens: torch.Tensor
-    chunk_mass: torch.Tensor
+    mass_above: torch.Tensor
     top_values: torch.Tensor
     top_tokens: torch.Tensor
     row_values: torch.Tensor
@@ -96,10 +99,11 @@ def new_sampler_scratch(rows: int, vocab: int, device: torch.device, chunk: int 
     return SamplerScratch(
         adjusted=new(rows, chunks * chunk, dtype=torch.float32),
         candidates=new(rows, chunks * chunk, dtype=torch.int32),
+        candidate_ids=new(rows, chunk, dtype=torch.int32),
         histogram=new(rows, chunks, BINS.value, dtype=torch.int32),
         chunk_values=new(rows, CHUNK_VALUES.value, chunks, dtype=torch.float32),
         chunk_tokens=new(rows, CHUNK_TOKENS.value, chunks, dtype=torch.int32),
-        chunk_mass=new(rows, 2, chunks, dtype=torch.int64),
+        mass_above=new(rows, chunks, dtype=torch.int64),
         top_values=new(rows, chunks, TOP_LANES.value, dtype=torch.float32),
         top_tokens=new(rows, chunks, TOP_LANES.value, dtype=torch.int32),
         row_values=new(rows, ROW_VALUES.value, dtype=torch.float32),
@@ -121,15 +125,20 @@ def arrives_last(arrivals, chunks: tl.constexpr):  # type: ignore[no-untyped-def
 
 
 @triton.jit
-def load_scores(  # type: ignore[no-untyped-def]
-    logits_row, adjusted_row, is_adjusted, tokens, mask, best, temperature
-):  # fmt: skip
-    """(logit - best) / temperature of `tokens`, -inf where masked: never above 0, and 0 for the best."""
+def load_logits(logits_row, adjusted_row, is_adjusted, tokens, mask):  # type: ignore[no-untyped-def]
+    """Float32 logits of `tokens`, adjusted if the row's are, -inf where masked."""
     if is_adjusted:
         values = tl.load(adjusted_row + tokens, mask=mask, other=float("-inf"))
     else:
         values = tl.load(logits_row + tokens, mask=mask, other=float("-inf")).to(tl.float32)
-    return tl.div_rn(values - best, tl.maximum(temperature, 1.1754943508222875e-38))
+    return values
+
+
+@triton.jit
+def load_scores(logits_row, adjusted_row, is_adjusted, tokens, mask, best, temperature):  # type: ignore[no-untyped-def]
+    """(logit - best) / temperature of `tokens`, -inf where masked: never above 0, and 0 for the best."""
+    logits = load_logits(logits_row, adjusted_row, is_adjusted, tokens, mask)
+    return tl.div_rn(logits - best, tl.maximum(temperature, LEAST_TEMPERATURE))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
