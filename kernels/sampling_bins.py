@@ -13,19 +13,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from splitserve.kernels.sampling_scan import MAX_RANGE
 from splitserve.kernels.sampling_scratch import (
+    ADJUST,
     ADJUSTED,
     BINS,
     BY_COUNT,
-    CANDIDATES,
-    CANDIDATES_BEFORE,
-    CHUNK_TOKENS,
     CHUNK_VALUES,
     COUNT_ABOVE,
-    DRAW_KEPT,
     FIRST_BIN,
     LAST_BIN,
     LEAST_TEMPERATURE,
-    MODE,
     ROW_BEST,
     ROW_NUMBERS,
     ROW_RANGE,
@@ -34,7 +30,11 @@ from splitserve.kernels.sampling_scratch import (
     WHOLE,
     arrives_last,
     load_logits,
+    queue_length,
+    queued_row,
 )
+
+SORTED = tl.constexpr(1024)  # candidates that are sorted; more of them are bisected
 
 
 @triton.jit
@@ -50,44 +50,39 @@ def bin_of(distance, spread):  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def histogram_kernel(  # type: ignore[no-untyped-def]
     logits, row_stride, slots, temperature, top_k, top_p,
-    adjusted, histogram, chunk_values, chunk_tokens, row_values, row_numbers, arrivals, vocab,
+    adjusted, histogram, chunk_values, row_values, row_numbers, queues, arrivals, vocab, rows,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (chunk, row) counts a chunk's tokens by distance; the last of a row picks the bins to look at."""
+    """Programs count the tokens of chunks by distance; the last of a row picks the bins to look at."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    numbers = row_numbers + row * ROW_NUMBERS
-    if tl.load(numbers + MODE) != SELECT:
-        return
-    slot = tl.load(slots + row).to(tl.int64)
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
-    within = token < vocab
-    spread = tl.load(row_values + row * ROW_VALUES + ROW_RANGE)
-    x = load_logits(
-        logits + row * row_stride, adjusted + row * (CHUNKS * CHUNK), tl.load(numbers + ADJUSTED) != 0, token, within
-    )
-    distance = rough_distance(x, tl.load(row_values + row * ROW_VALUES + ROW_BEST), tl.load(temperature + slot))
-    counts = tl.histogram(bin_of(distance, spread), BINS, mask=within)
-    tl.store(histogram + (row * CHUNKS + chunk) * BINS + tl.arange(0, BINS), counts)
-    tl.store(chunk_values + (row * CHUNK_VALUES + WHOLE) * CHUNKS + chunk, tl.sum(tl.exp(-distance)))
-    if arrives_last(arrivals + row, CHUNKS):
-        _pick_bins(
-            tl.load(top_k + slot), tl.load(top_p + slot), spread, histogram + row * (CHUNKS * BINS),
-            chunk_tokens + row * (CHUNK_TOKENS * CHUNKS) + CANDIDATES_BEFORE * CHUNKS, numbers, vocab, CHUNK // 4,
-            CHUNKS, LANES,
+    if tl.program_id(0) == 0:
+        tl.store(queues + ADJUST * (1 + rows), 0)
+    for item in range(tl.program_id(0), queue_length(queues, rows, SELECT) * CHUNKS, tl.num_programs(0)):
+        row, chunk = queued_row(queues, rows, item // CHUNKS, SELECT), item % CHUNKS
+        numbers, values = row_numbers + row * ROW_NUMBERS, row_values + row * ROW_VALUES
+        slot = tl.load(slots + row).to(tl.int64)
+        k, p, spread = tl.load(top_k + slot), tl.load(top_p + slot), tl.load(values + ROW_RANGE)
+        token = chunk * CHUNK + tl.arange(0, CHUNK)
+        x = load_logits(
+            logits + row * row_stride, adjusted + row * (CHUNKS * CHUNK), tl.load(numbers + ADJUSTED) != 0, token,
+            token < vocab,
         )  # fmt: skip
+        distance = rough_distance(x, tl.load(values + ROW_BEST), tl.load(temperature + slot))
+        counts = tl.histogram(bin_of(distance, spread), BINS, mask=token < vocab)
+        tl.store(histogram + (row * CHUNKS + chunk) * BINS + tl.arange(0, BINS), counts)
+        if p < 1.0:
+            tl.store(chunk_values + (row * CHUNK_VALUES + WHOLE) * CHUNKS + chunk, tl.sum(tl.exp(-distance)))
+        if arrives_last(arrivals + row, CHUNKS):
+            _pick_bins(k, p, spread, histogram + row * (CHUNKS * BINS), numbers, vocab, CHUNKS, LANES)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _pick_bins(  # type: ignore[no-untyped-def]
-    k, p, spread, histogram, candidates_before, numbers, vocab, limit, CHUNKS: tl.constexpr, LANES: tl.constexpr
+    k, p, spread, histogram, numbers, vocab, CHUNKS: tl.constexpr, LANES: tl.constexpr
 ):
-    """The bins that may hold a threshold, and each chunk's place among their tokens.
-
-    Bins above them are added where that makes no more than `limit` candidates: the row is then drawn from those alone.
-    """
+    """The bins that may hold a threshold, and those above them where that still makes few enough to sort."""
     lane, column = tl.arange(0, LANES)[:, None], tl.arange(0, BINS)[None, :]
     by_chunk = tl.load(histogram + lane * BINS + column, mask=lane < CHUNKS, other=0)
     counts, bins = tl.sum(by_chunk, axis=0), tl.arange(0, BINS)
@@ -106,17 +101,12 @@ def _pick_bins(  # type: ignore[no-untyped-def]
             first, last = tl.minimum(first, count_bin), count_bin
     if capped:
         last = tl.minimum(last, BINS - 2)
-    few = tl.sum(tl.where(bins <= last, counts, 0)) <= limit
+    few = tl.sum(tl.where(bins <= last, counts, 0)) <= SORTED
     first = tl.where(few, 0, tl.minimum(first, last))
-    inside = (tl.sum(tl.where((column >= first) & (column <= last), by_chunk, 0), axis=1)).to(tl.int32)
-    chunk = tl.arange(0, LANES)
-    tl.store(candidates_before + chunk, tl.cumsum(inside, 0) - inside, mask=chunk < CHUNKS)
     tl.store(numbers + FIRST_BIN, first)
-    tl.store(numbers + LAST_BIN, last)
+    tl.store(numbers + LAST_BIN, tl.where(by_count | by_mass, last, -1))
     tl.store(numbers + COUNT_ABOVE, tl.sum(tl.where(bins < first, counts, 0)))
-    tl.store(numbers + CANDIDATES, tl.sum(inside))
     tl.store(numbers + BY_COUNT, tl.where(by_count, k, 0))
-    tl.store(numbers + MODE, tl.where(by_count | by_mass, SELECT, DRAW_KEPT))
 
 
 @triton.jit

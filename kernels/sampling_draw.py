@@ -15,23 +15,27 @@ from splitserve.kernels.sampling_scratch import (
     BEST,
     CHUNK_TOKENS,
     CHUNK_VALUES,
-    DONE,
+    DEPARTED,
     DRAW,
     DRAWN,
     DRAWN_TOKEN,
+    FILTERED,
     FURTHEST,
     LEAST_TEMPERATURE,
-    MODE,
     NO_TOKEN,
     ROW_BEST,
     ROW_LEAST_WEIGHT,
     ROW_NUMBERS,
     ROW_VALUES,
+    SELECT,
     arrives_last,
     best_of_chunks,
     emit,
     load_logits,
     load_scores,
+    queue_length,
+    queued_row,
+    scores_of,
 )
 from splitserve.kernels.sampling_select import keeps, least_kept_score
 
@@ -42,49 +46,51 @@ ROUGH_MARGIN = tl.constexpr(1e-3)  # scores up to 50 and noise, each rough withi
 def draw_kernel(  # type: ignore[no-untyped-def]
     logits, row_stride, slots, positions,
     temperature, min_p, repetition, presence, frequency, seed, sample, logprobs, counts, tokens, logprob,
-    adjusted, candidates, chunk_values, chunk_tokens, row_values, row_numbers, arrivals, vocab,
+    adjusted, candidates, chunk_values, chunk_tokens, row_values, row_numbers, queues, arrivals, vocab, rows,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (chunk, row) draws the best of a chunk; the last of a row picks the best of those."""
+    """Programs draw the best of chunks; the last of a row picks the best of those."""
     if PDL:
         gdc_wait()
-    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    numbers = row_numbers + row * ROW_NUMBERS
-    mode = tl.load(numbers + MODE)
-    if mode == DONE:
-        return
-    slot = tl.load(slots + row).to(tl.int64)
-    logits_row, adjusted_row = logits + row * row_stride, adjusted + row * (CHUNKS * CHUNK)
-    is_adjusted, heat = tl.load(numbers + ADJUSTED) != 0, tl.load(temperature + slot)
-    best = tl.load(row_values + row * ROW_VALUES + ROW_BEST)
-    kept_ids, start = candidates + row * (CHUNKS * CHUNK) + chunk * CHUNK, chunk * CHUNK
-    values = chunk_values + row * (CHUNK_VALUES * CHUNKS) + chunk
-    key = noise_key(tl.load(seed + slot), tl.load(sample + slot), tl.load(positions + row))
-    if mode == DRAW:
-        top, token = _draw_any(
-            logits_row, adjusted_row, is_adjusted, start, tl.minimum(vocab - start, CHUNK), best, heat, key, kept_ids,
-            BLOCK,
-        )  # fmt: skip
-    else:
-        number = _list_kept(
-            logits_row, adjusted_row, is_adjusted, start, vocab, best, heat,
-            tl.load(values + BEST * CHUNKS), tl.load(numbers + FURTHEST),
-            tl.load(row_values + row * ROW_VALUES + ROW_LEAST_WEIGHT), tl.load(min_p + slot), kept_ids, CHUNK, BLOCK,
-        )  # fmt: skip
-        top, token = _draw(
-            logits_row, adjusted_row, is_adjusted, start, number, best, heat, key, kept_ids, True, BLOCK
-        )  # fmt: skip
-    tl.store(values + DRAWN * CHUNKS, top)
-    chunk_drawn = chunk_tokens + row * (CHUNK_TOKENS * CHUNKS) + DRAWN_TOKEN * CHUNKS
-    tl.store(chunk_drawn + chunk, token)
-    if arrives_last(arrivals + row, CHUNKS):
-        _, token = best_of_chunks(
-            chunk_values + row * (CHUNK_VALUES * CHUNKS) + DRAWN * CHUNKS, chunk_drawn, CHUNKS, LANES
-        )
-        emit(
-            token, row, slot, logits_row, row_values, tokens, logprob, counts, logprobs, repetition, presence,
-            frequency, vocab,
-        )  # fmt: skip
+    if tl.program_id(0) == 0:
+        tl.store(queues + SELECT * (1 + rows), 0)
+    waiting = queue_length(queues, rows, DRAW)
+    for item in range(tl.program_id(0), waiting * CHUNKS, tl.num_programs(0)):
+        row, chunk = queued_row(queues, rows, item // CHUNKS, DRAW), item % CHUNKS
+        slot = tl.load(slots + row).to(tl.int64)
+        numbers, values = row_numbers + row * ROW_NUMBERS, chunk_values + row * (CHUNK_VALUES * CHUNKS) + chunk
+        logits_row, adjusted_row = logits + row * row_stride, adjusted + row * (CHUNKS * CHUNK)
+        is_adjusted, heat = tl.load(numbers + ADJUSTED) != 0, tl.load(temperature + slot)
+        best = tl.load(row_values + row * ROW_VALUES + ROW_BEST)
+        kept_ids, start = candidates + row * (CHUNKS * CHUNK) + chunk * CHUNK, chunk * CHUNK
+        key = noise_key(tl.load(seed + slot), tl.load(sample + slot), tl.load(positions + row))
+        if tl.load(numbers + FILTERED) == 0:
+            top, token = _draw_any(
+                logits_row, adjusted_row, is_adjusted, start, tl.minimum(vocab - start, CHUNK), best, heat, key,
+                kept_ids, BLOCK,
+            )  # fmt: skip
+        else:
+            number = _list_kept(
+                logits_row, adjusted_row, is_adjusted, start, vocab, best, heat,
+                tl.load(values + BEST * CHUNKS), tl.load(numbers + FURTHEST),
+                tl.load(row_values + row * ROW_VALUES + ROW_LEAST_WEIGHT), tl.load(min_p + slot), kept_ids,
+                CHUNK, BLOCK,
+            )  # fmt: skip
+            top, token = _draw(
+                logits_row, adjusted_row, is_adjusted, start, number, best, heat, key, kept_ids, True, BLOCK
+            )  # fmt: skip
+        tl.store(values + DRAWN * CHUNKS, top)
+        chunk_drawn = chunk_tokens + (row * CHUNK_TOKENS + DRAWN_TOKEN) * CHUNKS
+        tl.store(chunk_drawn + chunk, token)
+        if arrives_last(arrivals + row, CHUNKS):
+            _, drawn = best_of_chunks(chunk_values + (row * CHUNK_VALUES + DRAWN) * CHUNKS, chunk_drawn, CHUNKS, LANES)
+            emit(
+                drawn, row, slot, logits_row, row_values, tokens, logprob, counts, logprobs, repetition, presence,
+                frequency, vocab,
+            )  # fmt: skip
+    if waiting > 0:
+        last = arrives_last(queues + DEPARTED * (1 + rows), tl.num_programs(0))
+        tl.store(queues + DRAW * (1 + rows), 0, mask=last)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -149,7 +155,7 @@ def _list_kept(  # type: ignore[no-untyped-def]
     """Write the ids that the filters keep of a chunk to `kept_ids`, ascending; returns how many there are."""
     least_score = least_kept_score(min_p)
     number = tl.full((), 0, tl.int32)
-    highest = tl.div_rn(chunk_best - best, tl.maximum(temperature, LEAST_TEMPERATURE))
+    highest = scores_of(chunk_best, best, temperature)
     if keeps(highest, furthest, least_weight, least_score):
         for first in range(start, start + CHUNK, BLOCK):
             token = first + tl.arange(0, BLOCK)

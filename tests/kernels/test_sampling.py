@@ -142,6 +142,7 @@ def run(
         scratch,
     )
     assert not scratch.arrivals.any()
+    assert not scratch.queues[:, 0].any()
     return out
 
 
