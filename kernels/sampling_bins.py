@@ -34,8 +34,6 @@ from splitserve.kernels.sampling_scratch import (
     queued_row,
 )
 
-SORTED = tl.constexpr(1024)  # candidates that are sorted; more of them are bisected
-
 
 @triton.jit
 def rough_distance(logits, best, temperature):  # type: ignore[no-untyped-def]
@@ -75,14 +73,14 @@ def histogram_kernel(  # type: ignore[no-untyped-def]
         if p < 1.0:
             tl.store(chunk_values + (row * CHUNK_VALUES + WHOLE) * CHUNKS + chunk, tl.sum(tl.exp(-distance)))
         if arrives_last(arrivals + row, CHUNKS):
-            _pick_bins(k, p, spread, histogram + row * (CHUNKS * BINS), numbers, vocab, CHUNKS, LANES)
+            _pick_bins(k, p, spread, histogram + row * (CHUNKS * BINS), numbers, vocab, CHUNK // 4, CHUNKS, LANES)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _pick_bins(  # type: ignore[no-untyped-def]
-    k, p, spread, histogram, numbers, vocab, CHUNKS: tl.constexpr, LANES: tl.constexpr
+    k, p, spread, histogram, numbers, vocab, few: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr
 ):
-    """The bins that may hold a threshold, and those above them where that still makes few enough to sort."""
+    """The bins that may hold a threshold, and those above them if that makes no more than `few` tokens."""
     lane, column = tl.arange(0, LANES)[:, None], tl.arange(0, BINS)[None, :]
     by_chunk = tl.load(histogram + lane * BINS + column, mask=lane < CHUNKS, other=0)
     counts, bins = tl.sum(by_chunk, axis=0), tl.arange(0, BINS)
@@ -101,8 +99,8 @@ def _pick_bins(  # type: ignore[no-untyped-def]
             first, last = tl.minimum(first, count_bin), count_bin
     if capped:
         last = tl.minimum(last, BINS - 2)
-    few = tl.sum(tl.where(bins <= last, counts, 0)) <= SORTED
-    first = tl.where(few, 0, tl.minimum(first, last))
+    all_few = tl.sum(tl.where(bins <= last, counts, 0)) <= few
+    first = tl.where(all_few, 0, tl.minimum(first, last))
     tl.store(numbers + FIRST_BIN, first)
     tl.store(numbers + LAST_BIN, tl.where(by_count | by_mass, last, -1))
     tl.store(numbers + COUNT_ABOVE, tl.sum(tl.where(bins < first, counts, 0)))

@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from splitserve.kernels.gumbel import gumbel, noise_key
-from splitserve.kernels.sampling_bins import SORTED, bin_of, rough_distance
+from splitserve.kernels.sampling_bins import bin_of, rough_distance
 from splitserve.kernels.sampling_scratch import (
     ADJUSTED,
     BY_COUNT,
@@ -99,11 +99,11 @@ def select_kernel(  # type: ignore[no-untyped-def]
                 over = tl.sum(tl.load(above + lane, mask=lane < CHUNKS, other=0))
             best = tl.load(values + ROW_BEST)
             drawn = tl.full((), NO_TOKEN, tl.int32)
-            if number <= SORTED:
+            if number <= CHUNK // 4:
                 key = noise_key(tl.load(seed + slot), tl.load(sample + slot), tl.load(positions + row))
                 furthest, least_weight, drawn = _sort_and_draw(
                     logits_row, adjusted_row, is_adjusted, best, heat, found, number, k, count_above, p, mass, over,
-                    least_kept_score(tl.load(min_p + slot)), key,
+                    least_kept_score(tl.load(min_p + slot)), key, CHUNK // 4,
                 )  # fmt: skip
             else:
                 _measure(logits_row, adjusted_row, is_adjusted, best, heat, found, number, BLOCK)
@@ -145,13 +145,13 @@ def _collect(  # type: ignore[no-untyped-def]
 @triton.jit
 def _sort_and_draw(  # type: ignore[no-untyped-def]
     logits_row, adjusted_row, is_adjusted, best, temperature, found, candidates, k, count_above, p, mass, mass_above,
-    least_score, key,
+    least_score, key, FEW: tl.constexpr,
 ):  # fmt: skip
     """The thresholds, and the token to draw if the candidates are all that may be kept.
 
     Thresholds are the largest distance, as bits, that top-k keeps and the least weight that top-p does.
     """
-    place = tl.arange(0, SORTED)
+    place = tl.arange(0, FEW)
     token = tl.load(found + place, mask=place < candidates, other=0)
     scores = load_scores(logits_row, adjusted_row, is_adjusted, token, place < candidates, best, temperature)
     packed = (tl.abs(scores).to(tl.int32, bitcast=True).to(tl.int64) << 32) | token.to(tl.int64)
