@@ -142,7 +142,7 @@ def _collect(  # type: ignore[no-untyped-def]
     tl.store(mass_above, tl.sum(above))
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _sort_and_draw(  # type: ignore[no-untyped-def]
     logits_row, adjusted_row, is_adjusted, best, temperature, found, candidates, k, count_above, p, mass, mass_above,
     least_score, key, FEW: tl.constexpr,
