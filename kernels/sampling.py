@@ -1,11 +1,13 @@
-"""The sampler on a GPU: what `engine.sampler.sample` decides, as four kernels without a host round trip.
+"""The sampler on a GPU: what `engine.sampler.sample` decides, as five kernels without a host round trip.
 
-    scan       adjust the logits; best token; log probabilities             every row
-    histogram  count tokens by their distance from the best                 rows with top-k or top-p
-    select     find the thresholds among the few that can be one            rows with top-k or top-p
-    draw       add noise to what is left, take the largest                  rows with a temperature
+    scan       the best token                                        all rows but those of `adjust`
+    adjust     bias, penalties, bars, log probabilities, and scan    rows that ask for such
+    histogram  count tokens by their distance from the best          rows with top-k or top-p
+    select     thresholds among the few that can be one, and draw    rows with top-k or top-p
+    draw       noise for what is left, take the largest              other rows with a temperature
 
-Grids depend on the shapes alone and what a row asks for is read on the device, so one CUDA graph serves all requests.
+Grids depend on the shapes alone and queues filled on the device say what a kernel has to do, so one CUDA graph serves
+all requests.
 A row's bits depend on its own logits, slot and position: not on its place, its neighbours or their number.
 """
 
@@ -16,15 +18,17 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from splitserve.kernels.launch import num_sms
+from splitserve.kernels.sampling_adjust import adjust_kernel
+from splitserve.kernels.sampling_bins import histogram_kernel
 from splitserve.kernels.sampling_draw import draw_kernel
-from splitserve.kernels.sampling_filter import histogram_kernel, select_kernel
 from splitserve.kernels.sampling_scan import scan_kernel
 from splitserve.kernels.sampling_scratch import TOP, SamplerScratch
+from splitserve.kernels.sampling_select import select_kernel
 
 BARRED_FOREVER = 2**31 - 1
-BLOCK = 1024
-WARPS = 8
-SCAN_REGISTERS = 64
+BLOCK, WARPS, PROGRAMS_PER_SM = 512, 4, 12
+SCAN_WARPS, SCAN_REGISTERS = 8, 48
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,38 +138,42 @@ def sample_rows(
     _check(logits, slots, positions, out, scratch, vocab)
     if rows == 0:
         return
-    grid, stride = (scratch.chunks, rows), logits.stride(0)
     sizes = {
         "CHUNK": scratch.chunk, "CHUNKS": scratch.chunks, "LANES": triton.next_power_of_2(scratch.chunks),
         "PDL": logits.is_cuda, "enable_fp_fusion": False,
     }  # fmt: skip
-    block = min(BLOCK, scratch.chunk)
-    launch = {"num_warps": WARPS, "launch_pdl": logits.is_cuda}
-    scan_kernel[grid](
-        logits, stride, slots, positions, live_rows, state.temperature, state.top_k, state.top_p, state.min_p,
-        state.repetition_penalty, state.presence_penalty, state.frequency_penalty, state.logprobs,
+    queued = {"BLOCK": min(BLOCK, scratch.chunk), "launch_pdl": logits.is_cuda}
+    programs = min(rows * scratch.chunks, PROGRAMS_PER_SM * num_sms(logits.device))
+    source = (logits, logits.stride(0), slots)
+    penalties = (state.repetition_penalty, state.presence_penalty, state.frequency_penalty)
+    filters = (state.temperature, state.top_k, state.top_p, state.min_p)
+    noise = (state.seed, state.sample)
+    row_scratch = (scratch.row_values, scratch.row_numbers, scratch.queues, scratch.arrivals, vocab, scratch.rows)
+    scan_kernel[(scratch.chunks, rows)](
+        *source, live_rows, *filters, *penalties, state.logprobs, state.bias_count, state.grammar,
+        out.tokens, out.finite, scratch.chunk_values, scratch.chunk_tokens, *row_scratch,
+        num_warps=SCAN_WARPS, maxnreg=SCAN_REGISTERS, **sizes,
+    )  # fmt: skip
+    adjust_kernel[(programs,)](
+        *source, positions, *filters, *penalties, state.logprobs,
         state.bias_ids, state.bias_values, state.bias_until, state.bias_count, state.counts, state.grammar, state.mask,
         out.tokens, out.finite, out.logprob, out.top_ids, out.top_logprobs,
         scratch.adjusted, scratch.chunk_values, scratch.chunk_tokens, scratch.top_values, scratch.top_tokens,
-        scratch.row_values, scratch.row_numbers, scratch.arrivals[0],
-        vocab, state.bias_ids.shape[1], state.mask.shape[1], TOP=TOP, BLOCK=block, num_warps=WARPS, maxnreg=SCAN_REGISTERS, **sizes,
+        *row_scratch, state.bias_ids.shape[1], state.mask.shape[1], TOP=TOP, num_warps=SCAN_WARPS, **queued, **sizes,
     )  # fmt: skip
-    histogram_kernel[grid](
-        logits, stride, slots, state.temperature, state.top_k, state.top_p, scratch.adjusted, scratch.histogram,
-        scratch.chunk_tokens, scratch.row_values, scratch.row_numbers, scratch.arrivals[1], vocab,
-        **launch, **sizes,
+    histogram_kernel[(programs,)](
+        *source, *filters[:3], scratch.adjusted, scratch.histogram, scratch.chunk_values, *row_scratch,
+        launch_pdl=logits.is_cuda, num_warps=WARPS, **sizes,
     )  # fmt: skip
-    select_kernel[grid](
-        logits, stride, slots, state.temperature, state.top_p, scratch.adjusted, scratch.candidates,
-        scratch.chunk_tokens, scratch.chunk_mass, scratch.row_values, scratch.row_numbers, scratch.arrivals[2], vocab,
-        BLOCK=block, TILE=scratch.chunk // 4, **launch, **sizes,
+    select_kernel[(programs,)](
+        *source, positions, state.temperature, state.top_p, state.min_p, *penalties, *noise, state.logprobs,
+        state.counts, out.tokens, out.logprob, scratch.adjusted, scratch.candidates, scratch.chunk_values,
+        scratch.mass_above, *row_scratch, num_warps=WARPS, **queued, **sizes,
     )  # fmt: skip
-    draw_kernel[grid](
-        logits, stride, slots, positions, state.temperature, state.min_p, state.repetition_penalty,
-        state.presence_penalty, state.frequency_penalty, state.seed, state.sample, state.logprobs, state.counts,
+    draw_kernel[(programs,)](
+        *source, positions, state.temperature, state.min_p, *penalties, *noise, state.logprobs, state.counts,
         out.tokens, out.logprob, scratch.adjusted, scratch.candidates, scratch.chunk_values, scratch.chunk_tokens,
-        scratch.row_values, scratch.row_numbers, scratch.arrivals[0], vocab,
-        BLOCK=block, **launch, **sizes,
+        *row_scratch, num_warps=WARPS, **queued, **sizes,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""First kernel of the sampler: bias, penalties and bars, the best logit, and the log probabilities of a row.
+"""First kernel of the sampler: the best logit of rows that take their logits as they are.
 
-A greedy row is finished here, in one pass over its logits. Rows that change their logits leave the changed ones in
-`adjusted`; others are read again where they are.
+A greedy row is finished here, in one pass over its logits. Rows that change their logits first, or want log
+probabilities, are put on a queue.
 """
 
 from __future__ import annotations
@@ -11,228 +11,117 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from splitserve.kernels.sampling_scratch import (
+    ADJUST,
     ADJUSTED,
     BEST,
     BEST_TOKEN,
+    CANDIDATES,
     CHUNK_TOKENS,
     CHUNK_VALUES,
-    DONE,
     DRAW,
-    DRAW_KEPT,
+    FILTERED,
     FURTHEST,
     LEAST,
-    MODE,
+    LEAST_TEMPERATURE,
     NO_TOKEN,
-    RAW_BEST,
-    RAW_SUM,
     ROW_BEST,
     ROW_LEAST_WEIGHT,
     ROW_NUMBERS,
     ROW_RANGE,
-    ROW_RAW_BEST,
-    ROW_RAW_LOG,
     ROW_VALUES,
     SELECT,
-    TOP_LANES,
     arrives_last,
     best_of_chunks,
-    emit,
     penalised,
+    push,
 )
 
-BIAS_BLOCK = tl.constexpr(128)
 # Noise lies between -2.9 and 43.7: what is this far below the best can never be drawn, and weighs nothing.
 MAX_RANGE = tl.constexpr(48.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def scan_kernel(  # type: ignore[no-untyped-def]
-    logits, row_stride, slots, positions, live_rows,
-    temperature, top_k, top_p, min_p, repetition, presence, frequency, logprobs,
-    bias_ids, bias_values, bias_until, bias_count, counts, grammar, mask,
-    tokens, finite, logprob, top_ids, top_logprobs,
-    adjusted, chunk_values, chunk_tokens, top_values, top_tokens, row_values, row_numbers, arrivals,
-    vocab, max_biases, mask_words,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, TOP: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    logits, row_stride, slots, live_rows,
+    temperature, top_k, top_p, min_p, repetition, presence, frequency, logprobs, bias_count, grammar,
+    tokens, finite, chunk_values, chunk_tokens, row_values, row_numbers, queues, arrivals, vocab, rows,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (chunk, row) scans a chunk; the last of a row sums up."""
     if PDL:
         gdc_launch_dependents()
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    numbers = row_numbers + row * ROW_NUMBERS
     slot = tl.load(slots + row).to(tl.int64)
     if row >= tl.load(live_rows):
-        if chunk == 0:
-            tl.store(numbers + MODE, DONE)
         return
-    logits_row, adjusted_row = logits + row * row_stride, adjusted + row * (CHUNKS * CHUNK)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
-    within = token < vocab
-    x = tl.load(logits_row + token, mask=within, other=float("-inf")).to(tl.float32)
-    values = chunk_values + row * (CHUNK_VALUES * CHUNKS) + chunk
-    wanted = tl.minimum(tl.load(logprobs + slot), TOP)
-    if wanted >= 0:
-        raw_best = tl.max(x)
-        tl.store(values + RAW_BEST * CHUNKS, raw_best)
-        tl.store(values + RAW_SUM * CHUNKS, tl.sum(tl.exp(x - tl.where(raw_best == float("-inf"), 0.0, raw_best))))
-        _store_top(x, token, top_values, top_tokens, row * CHUNKS + chunk, wanted)
-
-    repeated, present, frequent = tl.load(repetition + slot), tl.load(presence + slot), tl.load(frequency + slot)
-    biases, masked = tl.load(bias_count + slot), tl.load(grammar + slot) != 0
-    adjusts = penalised(repeated, present, frequent) | (biases > 0) | masked
-    if adjusts:
-        _adjust(
-            logits_row, adjusted_row, bias_ids + slot * max_biases, bias_values + slot * max_biases,
-            bias_until + slot * max_biases, biases, tl.load(positions + row), counts + slot * vocab,
-            mask + slot * mask_words, repeated, present, frequent, masked, chunk * CHUNK, vocab, CHUNK, BLOCK,
-        )  # fmt: skip
-        x = tl.load(adjusted_row + token)
-
-    best = tl.max(x)
-    best_token = tl.min(tl.where(x == best, token, NO_TOKEN))
-    broken = tl.max((x != x).to(tl.int32))
-    tl.store(values + BEST * CHUNKS, tl.where(broken != 0, float("nan"), best))
-    tl.store(chunk_tokens + row * (CHUNK_TOKENS * CHUNKS) + BEST_TOKEN * CHUNKS + chunk, best_token)
-    if _selects(top_k, top_p, slot, vocab):
-        tl.store(values + LEAST * CHUNKS, tl.min(tl.where(x > float("-inf"), x, float("inf"))))
+    x = tl.load(logits + row * row_stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+    penalises = penalised(tl.load(repetition + slot), tl.load(presence + slot), tl.load(frequency + slot))
+    changes = penalises | (tl.load(bias_count + slot) > 0) | (tl.load(grammar + slot) != 0)
+    if changes | (tl.load(logprobs + slot) >= 0):
+        if chunk == 0:
+            push(queues, rows, row, ADJUST)
+        return
+    store_best(x, token, row, chunk, selects(top_k, top_p, slot, vocab), chunk_values, chunk_tokens, CHUNKS)
     if arrives_last(arrivals + row, CHUNKS):
-        tl.store(numbers + ADJUSTED, adjusts.to(tl.int32))
-        _sum_up(
-            row, slot, logits_row, temperature, top_k, top_p, min_p, repetition, presence, frequency, logprobs, wanted,
-            counts, tokens, finite, logprob, top_ids, top_logprobs, chunk_values, chunk_tokens, top_values, top_tokens,
-            row_values, row_numbers, vocab, CHUNKS, LANES, TOP,
+        best_token, chosen = sum_up(
+            row, slot, False, temperature, top_k, top_p, min_p, finite, chunk_values, chunk_tokens, row_values,
+            row_numbers, queues, vocab, rows, CHUNKS, LANES,
         )  # fmt: skip
+        if chosen:
+            tl.store(tokens + row, best_token.to(tl.int64))
 
 
 @triton.jit
-def _selects(top_k, top_p, slot, vocab):  # type: ignore[no-untyped-def]
+def selects(top_k, top_p, slot, vocab):  # type: ignore[no-untyped-def]
     """Whether a slot's filters need a threshold that depends on all tokens."""
     k = tl.load(top_k + slot)
     return ((k > 0) & (k < vocab)) | (tl.load(top_p + slot) < 1.0)
 
 
-@triton.jit
-def _penalise(x, counts_row, token, mask, repetition, presence, frequency):  # type: ignore[no-untyped-def]
-    if penalised(repetition, presence, frequency):
-        count = tl.load(counts_row + token, mask=mask, other=0).to(tl.int32)
-        generated = count & 0x7FFF
-        x = tl.where(count != 0, tl.where(x > 0.0, tl.div_rn(x, repetition), x * repetition), x)
-        x = tl.where(generated > 0, x - (presence + frequency * generated.to(tl.float32)), x)
-    return x
-
-
-@triton.jit
-def _bar(x, mask_row, token, mask, masked):  # type: ignore[no-untyped-def]
-    if masked:
-        word = tl.load(mask_row + token // 32, mask=mask, other=0)
-        x = tl.where(((word >> (token % 32)) & 1) != 0, x, float("-inf"))
-    return x
+@triton.jit  # type: ignore[untyped-decorator]
+def store_best(  # type: ignore[no-untyped-def]
+    x, token, row, chunk, with_least, chunk_values, chunk_tokens, CHUNKS: tl.constexpr
+):
+    """A chunk's largest logit, NaN if one is, the lowest token that has it, and its least finite logit."""
+    values = chunk_values + row * (CHUNK_VALUES * CHUNKS) + chunk
+    best = tl.max(x)
+    best_token = tl.min(tl.where(x == best, token, NO_TOKEN))
+    broken = tl.max((x != x).to(tl.int32))
+    tl.store(values + BEST * CHUNKS, tl.where(broken != 0, float("nan"), best))
+    tl.store(chunk_tokens + (row * CHUNK_TOKENS + BEST_TOKEN) * CHUNKS + chunk, best_token)
+    if with_least:
+        tl.store(values + LEAST * CHUNKS, tl.min(tl.where(x > float("-inf"), x, float("inf"))))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _adjust(  # type: ignore[no-untyped-def]
-    logits_row, adjusted_row, ids, biases, until, number, position, counts_row, mask_row,
-    repetition, presence, frequency, masked, start, vocab, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+def sum_up(  # type: ignore[no-untyped-def]
+    row, slot, adjusts, temperature, top_k, top_p, min_p, finite, chunk_values, chunk_tokens, row_values, row_numbers,
+    queues, vocab, rows, CHUNKS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Penalise and bar a chunk, do its biased tokens again from the start, and last bar those that -inf bars."""
-    for first in range(start, start + CHUNK, BLOCK):
-        token = first + tl.arange(0, BLOCK)
-        x = tl.load(logits_row + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
-        x = _penalise(x, counts_row, token, token < vocab, repetition, presence, frequency)
-        tl.store(adjusted_row + token, _bar(x, mask_row, token, token < vocab, masked))
-    tl.debug_barrier()  # what other threads of this program stored
-    for bars in tl.static_range(2):
-        for first in range(0, number, BIAS_BLOCK):
-            entry = first + tl.arange(0, BIAS_BLOCK)
-            token = tl.load(ids + entry, mask=entry < number, other=-1)
-            bias = tl.load(biases + entry, mask=entry < number, other=0.0)
-            live = (position < tl.load(until + entry, mask=entry < number, other=0)) & (entry < number)
-            live = live & (token >= start) & (token < start + CHUNK)
-            live = live & ((bias == float("-inf")) == (bars == 1))
-            if bars == 0:
-                x = tl.load(logits_row + token, mask=live, other=0.0).to(tl.float32) + bias
-                x = _penalise(x, counts_row, token, live, repetition, presence, frequency)
-                tl.store(adjusted_row + token, _bar(x, mask_row, token, live, masked), mask=live)
-            else:
-                tl.store(adjusted_row + token, bias, mask=live)
-        tl.debug_barrier()
-
-
-@triton.jit
-def _store_top(x, token, top_values, top_tokens, place, wanted):  # type: ignore[no-untyped-def]
-    """The `wanted` largest of a chunk, descending."""
-    lane = tl.arange(0, TOP_LANES)
-    found, found_token = tl.full([TOP_LANES], float("-inf"), tl.float32), tl.full([TOP_LANES], NO_TOKEN, tl.int32)
-    for index in range(wanted):
-        largest = tl.max(x)
-        its_token = tl.min(tl.where(x == largest, token, NO_TOKEN))
-        found = tl.where(lane == index, largest, found)
-        found_token = tl.where(lane == index, its_token, found_token)
-        x = tl.where(token == its_token, float("-inf"), x)
-    tl.store(top_values + place * TOP_LANES + lane, found)
-    tl.store(top_tokens + place * TOP_LANES + lane, found_token)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _sum_up(  # type: ignore[no-untyped-def]
-    row, slot, logits_row, temperature, top_k, top_p, min_p, repetition, presence, frequency, logprobs, wanted,
-    counts, tokens, finite, logprob, top_ids, top_logprobs, chunk_values, chunk_tokens, top_values, top_tokens,
-    row_values, row_numbers, vocab, CHUNKS: tl.constexpr, LANES: tl.constexpr, TOP: tl.constexpr,
-):  # fmt: skip
-    """Fold the chunks of a row: its best logit, its log probabilities, and what is left to do."""
+    """Fold a row's chunks. Returns its best token and whether that is the row's; queues the row if it must draw."""
     values, folded = chunk_values + row * (CHUNK_VALUES * CHUNKS), row_values + row * ROW_VALUES
-    numbers = row_numbers + row * ROW_NUMBERS
-    lane = tl.arange(0, LANES)
+    numbers, lane = row_numbers + row * ROW_NUMBERS, tl.arange(0, LANES)
     bests = tl.load(values + BEST * CHUNKS + lane, mask=lane < CHUNKS, other=float("-inf"))
     best, token = best_of_chunks(
-        values + BEST * CHUNKS, chunk_tokens + row * (CHUNK_TOKENS * CHUNKS) + BEST_TOKEN * CHUNKS, CHUNKS, LANES
+        values + BEST * CHUNKS, chunk_tokens + (row * CHUNK_TOKENS + BEST_TOKEN) * CHUNKS, CHUNKS, LANES
     )
     is_finite = (tl.max((bests != bests).to(tl.int32)) == 0) & (tl.abs(best) < float("inf"))
     tl.store(finite + row, is_finite.to(tl.int32))
-    if wanted >= 0:
-        _sum_up_logprobs(row, wanted, top_ids, top_logprobs, values, folded, top_values, top_tokens, CHUNKS, LANES, TOP)
-
     heat = tl.load(temperature + slot)
-    mode = tl.full((), DONE, tl.int32)
     if is_finite & (heat > 0.0):
-        selects = _selects(top_k, top_p, slot, vocab)
-        mode = tl.where(selects, SELECT, tl.where(tl.load(min_p + slot) > 0.0, DRAW_KEPT, DRAW))
         tl.store(folded + ROW_BEST, best)
-        if selects:
-            least = tl.min(tl.load(values + LEAST * CHUNKS + lane, mask=lane < CHUNKS, other=float("inf")))
-            spread = tl.div_rn(best - least, tl.maximum(heat, 1.1754943508222875e-38))
-            tl.store(folded + ROW_RANGE, tl.minimum(tl.maximum(spread, 1e-30), MAX_RANGE))
         tl.store(folded + ROW_LEAST_WEIGHT, 0.0)
+        tl.store(numbers + ADJUSTED, adjusts)
         tl.store(numbers + FURTHEST, 0x7FFFFFFF)
-    elif is_finite:
-        tl.debug_barrier()  # the row's raw sums, for `emit`
-        emit(
-            token, row, slot, logits_row, row_values, tokens, logprob, counts, logprobs, repetition, presence,
-            frequency, vocab,
-        )  # fmt: skip
-    tl.store(numbers + MODE, mode)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _sum_up_logprobs(  # type: ignore[no-untyped-def]
-    row, wanted, top_ids, top_logprobs, values, folded, top_values, top_tokens,
-    CHUNKS: tl.constexpr, LANES: tl.constexpr, TOP: tl.constexpr,
-):  # fmt: skip
-    """The row's log of the sum of exponentials, and its `wanted` likeliest tokens."""
-    lane = tl.arange(0, LANES)
-    bests = tl.load(values + RAW_BEST * CHUNKS + lane, mask=lane < CHUNKS, other=float("-inf"))
-    sums = tl.load(values + RAW_SUM * CHUNKS + lane, mask=lane < CHUNKS, other=0.0)
-    best = tl.max(bests)
-    log = tl.log(tl.sum(tl.exp(bests - best) * sums))
-    tl.store(folded + ROW_RAW_BEST, best)
-    tl.store(folded + ROW_RAW_LOG, log)
-    place = tl.arange(0, LANES * TOP_LANES)
-    x = tl.load(top_values + row * (CHUNKS * TOP_LANES) + place, mask=place < CHUNKS * TOP_LANES, other=float("-inf"))
-    token = tl.load(top_tokens + row * (CHUNKS * TOP_LANES) + place, mask=place < CHUNKS * TOP_LANES, other=NO_TOKEN)
-    for index in range(wanted):
-        largest = tl.max(x)
-        its_token = tl.min(tl.where(x == largest, token, NO_TOKEN))
-        tl.store(top_ids + row * TOP + index, its_token)
-        tl.store(top_logprobs + row * TOP + index, largest - best - log)
-        x = tl.where(token == its_token, float("-inf"), x)
+        tl.store(numbers + CANDIDATES, 0)
+        filters = selects(top_k, top_p, slot, vocab)
+        tl.store(numbers + FILTERED, filters | (tl.load(min_p + slot) > 0.0))
+        if filters:
+            least = tl.min(tl.load(values + LEAST * CHUNKS + lane, mask=lane < CHUNKS, other=float("inf")))
+            spread = tl.div_rn(best - least, tl.maximum(heat, LEAST_TEMPERATURE))
+            tl.store(folded + ROW_RANGE, tl.minimum(tl.maximum(spread, 1e-30), MAX_RANGE))
+            push(queues, rows, row, SELECT)
+        else:
+            push(queues, rows, row, DRAW)
+    return token, is_finite & (heat <= 0.0)

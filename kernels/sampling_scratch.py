@@ -1,7 +1,8 @@
 """What the sampler's kernels leave for each other: chunks of a row, then the row, then the next kernel.
 
 A row's vocabulary is cut into chunks, a program each, at places that depend on nothing but the vocabulary. Whichever
-program of a row comes last folds what all of them left, in the order of chunks, so its timing changes no bit.
+program of a row comes last folds what all of them left, in the order of chunks, and puts the row on the queue of the
+kernel that has to go on with it. Queues fill in any order, which decides who computes a row and no bit of it.
 """
 
 from __future__ import annotations
@@ -12,29 +13,30 @@ import torch
 import triton
 import triton.language as tl
 
-CHUNK = 8192
+CHUNK = 4096
 BINS = tl.constexpr(128)
 TOP = 20
 TOP_LANES = tl.constexpr(32)
 NO_TOKEN = tl.constexpr(0x7FFFFFFF)
+LEAST_TEMPERATURE = tl.constexpr(2.0**-126)  # the least normal float32
 
-# A row's mode: which kernels still have work for it.
-DONE = tl.constexpr(0)
-DRAW = tl.constexpr(1)
-DRAW_KEPT = tl.constexpr(2)
-SELECT = tl.constexpr(3)
+# Queues [4, 1 + rows]: how many rows wait, and which. DEPARTED counts programs that read the last queue.
+ADJUST = tl.constexpr(0)
+SELECT = tl.constexpr(1)
+DRAW = tl.constexpr(2)
+DEPARTED = tl.constexpr(3)
 
-# Planes of chunk_values [rows, 5, chunks] and chunk_tokens [rows, 3, chunks].
+# Planes of chunk_values [rows, 6, chunks] and chunk_tokens [rows, 2, chunks].
 BEST = tl.constexpr(0)
 LEAST = tl.constexpr(1)
 RAW_BEST = tl.constexpr(2)
 RAW_SUM = tl.constexpr(3)
 DRAWN = tl.constexpr(4)
-CHUNK_VALUES = tl.constexpr(5)
+WHOLE = tl.constexpr(5)
+CHUNK_VALUES = tl.constexpr(6)
 BEST_TOKEN = tl.constexpr(0)
 DRAWN_TOKEN = tl.constexpr(1)
-CANDIDATES_BEFORE = tl.constexpr(2)
-CHUNK_TOKENS = tl.constexpr(3)
+CHUNK_TOKENS = tl.constexpr(2)
 
 # Places in row_values [rows, 5] and row_numbers [rows, 8].
 ROW_BEST = tl.constexpr(0)
@@ -43,8 +45,8 @@ ROW_RAW_BEST = tl.constexpr(2)
 ROW_RAW_LOG = tl.constexpr(3)
 ROW_LEAST_WEIGHT = tl.constexpr(4)
 ROW_VALUES = tl.constexpr(5)
-MODE = tl.constexpr(0)
-ADJUSTED = tl.constexpr(1)
+ADJUSTED = tl.constexpr(0)
+FILTERED = tl.constexpr(1)
 FURTHEST = tl.constexpr(2)
 FIRST_BIN = tl.constexpr(3)
 LAST_BIN = tl.constexpr(4)
@@ -56,12 +58,12 @@ ROW_NUMBERS = tl.constexpr(8)
 
 @dataclass(frozen=True, eq=False)
 class SamplerScratch:
-    """Working memory for up to `rows` rows; nothing in it outlives a call but `arrivals`, all 0 between calls.
+    """Working memory for up to `rows` rows. `queues` and `arrivals` are 0 between calls, the rest means nothing then.
 
     `adjusted` float32 and `candidates` int32 [rows, chunks * chunk]; `histogram` int32 [rows, chunks, BINS];
     `chunk_values` float32, `chunk_tokens` int32, `row_values` float32 and `row_numbers` int32 by the planes above;
-    `chunk_mass` int64 [rows, 2, chunks]: all of it, and what lies above the candidates; `top_values` float32 and
-    `top_tokens` int32 [rows, chunks, TOP_LANES]; `arrivals` int32 [3, rows or more].
+    `mass_above` int64 [rows, chunks]: of what lies above the candidates; `top_values` float32 and `top_tokens` int32
+    [rows, chunks, TOP_LANES]; `queues` int32 [4, 1 + rows]; `arrivals` int32 [rows].
     """
 
     adjusted: torch.Tensor
@@ -69,11 +71,12 @@ class SamplerScratch:
     histogram: torch.Tensor
     chunk_values: torch.Tensor
     chunk_tokens: torch.Tensor
-    chunk_mass: torch.Tensor
+    mass_above: torch.Tensor
     top_values: torch.Tensor
     top_tokens: torch.Tensor
     row_values: torch.Tensor
     row_numbers: torch.Tensor
+    queues: torch.Tensor
     arrivals: torch.Tensor
     chunk: int
 
@@ -99,37 +102,63 @@ def new_sampler_scratch(rows: int, vocab: int, device: torch.device, chunk: int 
         histogram=new(rows, chunks, BINS.value, dtype=torch.int32),
         chunk_values=new(rows, CHUNK_VALUES.value, chunks, dtype=torch.float32),
         chunk_tokens=new(rows, CHUNK_TOKENS.value, chunks, dtype=torch.int32),
-        chunk_mass=new(rows, 2, chunks, dtype=torch.int64),
+        mass_above=new(rows, chunks, dtype=torch.int64),
         top_values=new(rows, chunks, TOP_LANES.value, dtype=torch.float32),
         top_tokens=new(rows, chunks, TOP_LANES.value, dtype=torch.int32),
         row_values=new(rows, ROW_VALUES.value, dtype=torch.float32),
         row_numbers=new(rows, ROW_NUMBERS.value, dtype=torch.int32),
-        arrivals=torch.zeros(3, triton.cdiv(rows, 4) * 4, dtype=torch.int32, device=device),
+        queues=torch.zeros(4, 1 + rows, dtype=torch.int32, device=device),
+        arrivals=torch.zeros(rows, dtype=torch.int32, device=device),
         chunk=chunk,
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def arrives_last(arrivals, chunks: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Whether this is the last of `chunks` programs to come here; it then sees what all of them stored before."""
+@triton.jit
+def arrives_last(arrivals, programs):  # type: ignore[no-untyped-def]
+    """Whether this is the last of `programs` to come here; it then sees what all of them stored before."""
     tl.debug_barrier()
     before = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu")
-    last = before == chunks - 1
+    last = before == programs - 1
     if last:
         tl.store(arrivals, 0)
     return last
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def queue_length(queues, rows, queue: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.load(queues + queue * (1 + rows))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def queued_row(queues, rows, place, queue: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.load(queues + queue * (1 + rows) + 1 + place).to(tl.int64)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def push(queues, rows, row, queue: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.atomic_add(queues + queue * (1 + rows), 1, sem="relaxed")
+    tl.store(queues + queue * (1 + rows) + 1 + place, row.to(tl.int32))
+
+
 @triton.jit
-def load_scores(  # type: ignore[no-untyped-def]
-    logits_row, adjusted_row, is_adjusted, tokens, mask, best, temperature
-):  # fmt: skip
-    """(logit - best) / temperature of `tokens`, -inf where masked: never above 0, and 0 for the best."""
+def load_logits(logits_row, adjusted_row, is_adjusted, tokens, mask):  # type: ignore[no-untyped-def]
+    """Float32 logits of `tokens`, adjusted if the row's are, -inf where masked."""
     if is_adjusted:
         values = tl.load(adjusted_row + tokens, mask=mask, other=float("-inf"))
     else:
         values = tl.load(logits_row + tokens, mask=mask, other=float("-inf")).to(tl.float32)
-    return tl.div_rn(values - best, tl.maximum(temperature, 1.1754943508222875e-38))
+    return values
+
+
+@triton.jit
+def load_scores(logits_row, adjusted_row, is_adjusted, tokens, mask, best, temperature):  # type: ignore[no-untyped-def]
+    """(logit - best) / temperature of `tokens`, -inf where masked: never above 0, and 0 for the best."""
+    return scores_of(load_logits(logits_row, adjusted_row, is_adjusted, tokens, mask), best, temperature)
+
+
+@triton.jit
+def scores_of(logits, best, temperature):  # type: ignore[no-untyped-def]
+    return tl.div_rn(logits - best, tl.maximum(temperature, LEAST_TEMPERATURE))
 
 
 @triton.jit  # type: ignore[untyped-decorator]

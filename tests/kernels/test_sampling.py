@@ -20,6 +20,8 @@ from splitserve.cluster.sampling import SamplingParams
 from splitserve.engine.noise import _GAMMA, _mix_, gumbel, noise_keys
 from splitserve.engine.sampler import SamplerRow, _adjust_, sample
 from splitserve.kernels import gumbel as kernel_noise
+from splitserve.kernels import sampling_draw
+from splitserve.kernels.launch import INTERPRETING
 from splitserve.kernels.sampling import (
     BARRED_FOREVER,
     SampledRows,
@@ -140,6 +142,7 @@ def run(
         scratch,
     )
     assert not scratch.arrivals.any()
+    assert not scratch.queues[:, 0].any()
     return out
 
 
@@ -225,11 +228,12 @@ def tokens_of(logits: torch.Tensor, requests: list[Request]) -> list[int]:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _noise(seed, sample, position, bits, noise, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _noise(seed, sample, position, bits, noise, rough, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row, token = tl.program_id(0), tl.arange(0, BLOCK)
     key = kernel_noise.noise_key(tl.load(seed + row), tl.load(sample + row), tl.load(position + row))
     tl.store(bits + row * BLOCK + token, kernel_noise.noise_bits(key, token))
     tl.store(noise + row * BLOCK + token, kernel_noise.gumbel(key, token))
+    tl.store(rough + row * BLOCK + token, kernel_noise.rough_gumbel(key, token))
 
 
 @devices
@@ -237,12 +241,23 @@ def test_noise_is_the_engines(device: str) -> None:
     keys = [(0, 0, 0), (1, 0, 7), (-(2**63), 3, 5), (2**63 - 1, 63, 131_071), (-1, 0, 1)]
     seeds, samples, positions = torch.tensor(keys, device=device).unbind(1)
     bits = torch.empty(len(keys), 1024, dtype=torch.int64, device=device)
-    noise = torch.empty(len(keys), 1024, device=device)
-    _noise[(len(keys),)](seeds.contiguous(), samples.contiguous(), positions.contiguous(), bits, noise, BLOCK=1024)
+    noise, rough = torch.empty(2, len(keys), 1024, device=device)
+    columns = [column.contiguous() for column in (seeds, samples, positions)]
+    _noise[(len(keys),)](*columns, bits, noise, rough, BLOCK=1024)
     hashed = noise_keys(seeds, samples, positions)[:, None] + (torch.arange(1024, device=device) + 1) * _GAMMA
     assert torch.equal(bits, _mix_(hashed) & (2**63 - 1))
     expected = gumbel(noise_keys(seeds, samples, positions), torch.arange(1024, device=device))
     torch.testing.assert_close(noise, expected, atol=5e-7, rtol=5e-7)
+    torch.testing.assert_close(rough, noise, atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="compiled kernels have the margin in them")
+def test_rough_sums_choose_what_exact_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [plain(temperature=temperature, seed=seed) for seed, temperature in enumerate((0.5, 1.0, 3.0, 100.0))]
+    logits = random_logits(4, 300, 9)
+    rough = tokens_of(logits, requests)
+    monkeypatch.setattr(sampling_draw, "ROUGH_MARGIN", tl.constexpr(1e9))
+    assert tokens_of(logits, requests) == rough
 
 
 @pytest.mark.parametrize(
