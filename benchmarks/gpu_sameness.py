@@ -3,7 +3,8 @@
     python -m benchmarks.gpu_sameness
 
 DeepSeek-V2-Lite's shapes, random weights, random KV: one request decodes alone, and then in COMPOSITIONS others of
-random capacity, slot and neighbours. Counted are those in which any of its bits, and any of its tokens, differ.
+random capacity, slot and neighbours, and a prompt is cut and packed with others in PACKINGS ways. Counted are those in
+which any of its bits, and any of its tokens, differ.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from benchmarks.rows import Figure, Row, write
 from splitserve.cluster.topology import Topology
 from splitserve.decode_worker.device_loop import DecodeLoop, LaunchStep
 from splitserve.deploy.bench.engine import EngineAlone
+from splitserve.engine.batch import Batch
+from splitserve.engine.runner import ModelRunner
 from splitserve.engine.slot_state import SlotUpdateBuilder
 
 COMPOSITIONS, STEPS, LONGEST, PAGE_SIZE = 200, 6, 1500, 64
+PACKINGS, PROMPT, CHUNK = 40, 700, 8192
 PRICED = (1, 8, 64, 256)
 Answer = tuple[tuple[int, float], ...]
 
@@ -42,9 +46,10 @@ def measure(deterministic: bool) -> dict[int, list[float]]:
     engine = EngineAlone(Topology.model_validate(TOPOLOGY | {"model": model}))
     assert engine.loop is not None
     name = "v2lite-bf16 deterministic" if deterministic else "v2lite-bf16"
-    for kind, differing in count(Compositions(engine.loop)).items():
+    prefills = {"prefill": Counter({"other bits": other_prefills(engine.runner)})}
+    for kind, differing in (count(Compositions(engine.loop)) | prefills).items():
         for metric, value in differing.items():
-            figure = Figure(value, value, value, COMPOSITIONS)
+            figure = Figure(value, value, value, PACKINGS if kind == "prefill" else COMPOSITIONS)
             write([Row("sameness", f"{name} {kind}", metric, "compositions", figure, "none", None, "lower")])
     assert set(PRICED) <= set(VLLM_MS)
     return {batch: [each * 1e3 for each in engine.decode_s(batch, CONTEXT, 60)] for batch in PRICED}
@@ -114,6 +119,45 @@ def count(run: Compositions) -> dict[str, Counter[str]]:
         counter["other bits"] += found != alone
         counter["other tokens"] += tokens(found) != tokens(alone)
     return counts
+
+
+def other_prefills(runner: ModelRunner) -> int:
+    """In how many packings the prompt's logits have other bits than alone."""
+    dice = random.Random(0)
+    prompt = dice.choices(range(100_000), k=PROMPT)
+    alone = runner.run(packed([(prompt, 0, PROMPT)]))
+    different = 0
+    for _ in range(PACKINGS):
+        cut = dice.choice((0, dice.randint(1, PROMPT - 1)))
+        if cut:
+            runner.run(packed([(prompt, 0, cut)]))
+        parts, room = [(prompt, cut, PROMPT)], CHUNK - PROMPT
+        for _ in range(dice.randint(0, 12)):
+            length = dice.randint(1, LONGEST)
+            if length <= room:
+                parts.append((dice.choices(range(100_000), k=length), 0, length))
+                room -= length
+        dice.shuffle(parts)
+        logits = runner.run(packed(parts))
+        different += not torch.equal(logits[[part[0] is prompt for part in parts].index(True)], alone[0])
+    return different
+
+
+def packed(parts: list[tuple[list[int], int, int]]) -> Batch:
+    """Tokens `start` to `stop` of each prompt, on pages of its own; the first prompt's pages never move."""
+    batch = Batch([], [], [], [], [], [])
+    first = -(-PROMPT // PAGE_SIZE)
+    for prompt, start, stop in parts:
+        pages = -(-len(prompt) // PAGE_SIZE)
+        mine = len(prompt) == PROMPT
+        batch.token_ids.extend(prompt[start:stop])
+        batch.query_lens.append(stop - start)
+        batch.starts.append(start)
+        batch.num_logits.append(1)
+        batch.num_pages.append(pages)
+        batch.pages.extend(range(pages) if mine else range(first, first + pages))
+        first += 0 if mine else pages
+    return batch
 
 
 def tokens(answer: Iterable[tuple[int, float]]) -> list[int]:

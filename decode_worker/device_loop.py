@@ -28,6 +28,7 @@ from splitserve.decode_worker.graph import DecodeGraph
 from splitserve.engine.kv_cache import KvCache
 from splitserve.engine.ranks import Handlers
 from splitserve.engine.slot_state import SlotLayout, SlotState, SlotUpdates
+from splitserve.kernels.sampling_scratch import new_sampler_scratch
 from splitserve.models.config import ModelConfig
 from splitserve.models.decoder import Decoder
 
@@ -145,9 +146,10 @@ class DecodeLoop:
         # Pages that slots share count for each of them: twice the cache is more than any load has asked for.
         max_tokens = 2 * cache.num_pages * page_size + context
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        scratch = new_sampler_scratch(self.layout.slots, config.vocab_size, device)
         largest_first = sorted(capacities, reverse=True)
         self._graphs = {
-            capacity: DecodeGraph(model, config, cache, self._state, capacity, max_tokens, pool)
+            capacity: DecodeGraph(model, config, cache, self._state, capacity, max_tokens, scratch, pool)
             for capacity in largest_first
         }
         self._ring = {capacity: [_ResultBuffer(graph) for _ in range(RING)] for capacity, graph in self._graphs.items()}

@@ -25,7 +25,7 @@ from splitserve.kernels.decode_plan import (
 )
 from splitserve.kernels.launch import num_sms
 from splitserve.kernels.sampling import new_sampled_rows, sample_rows
-from splitserve.kernels.sampling_scratch import new_sampler_scratch
+from splitserve.kernels.sampling_scratch import SamplerScratch
 from splitserve.kernels.slot_rows import RESULT_WORDS, StepRows, finish_rows, gather_rows, new_step_rows
 from splitserve.models.config import ModelConfig
 from splitserve.models.decoder import Decoder
@@ -36,10 +36,10 @@ WARM_UPS = 2
 class RowAttention:
     """The `Sequences` of a decode step: one query a row, for rows of at most `max_tokens` tokens in all."""
 
-    def __init__(self, shape: DecodeShape, rows: StepRows, max_tokens: int) -> None:
+    def __init__(self, shape: DecodeShape, rows: StepRows, max_tokens: int, deterministic: bool) -> None:
         capacity, device = len(rows.slots), rows.slots.device
         self._rows = rows
-        self._tiles = choose_tiles(shape, capacity)
+        self._tiles = choose_tiles(shape, capacity, deterministic)
         splits = self._tiles.splits
         self._plan = new_decode_plan(capacity, self._tiles.programs(shape, num_sms(device)), splits, device)
         self._scratch = new_decode_scratch(shape, splits, capacity, max_tokens, device)
@@ -72,7 +72,8 @@ class DecodeGraph:
     """The step of up to `capacity` of the slots in `state`, over the pages of `cache`.
 
     `results` [capacity, 4] int32 are what `kernels.slot_rows.finish_rows` reports of the last step, `sampled` the
-    sampler's own. Rows have at most `max_tokens` tokens in all. Graphs that never run at once share a memory `pool`.
+    sampler's own. Rows have at most `max_tokens` tokens in all. Graphs that never run at once share `scratch` and a
+    memory `pool`.
     On a CPU, where kernels run in Triton's interpreter, a replay runs the step itself.
     """
 
@@ -84,6 +85,7 @@ class DecodeGraph:
         state: SlotState,
         capacity: int,
         max_tokens: int,
+        scratch: SamplerScratch,
         pool: Any = None,
     ) -> None:
         device, layout = cache.layers[0].device, state.layout
@@ -92,8 +94,8 @@ class DecodeGraph:
         self.rows = new_step_rows(capacity, layout.max_pages, device)
         self.sampled = new_sampled_rows(capacity, device)
         self.results = torch.full((capacity, RESULT_WORDS), -1, dtype=torch.int32, device=device)
-        self._attention = RowAttention(decode_shape(config, cache), self.rows, self._max_tokens)
-        self._scratch = new_sampler_scratch(capacity, layout.vocab_size, device)
+        self._attention = RowAttention(decode_shape(config, cache), self.rows, self._max_tokens, model.deterministic)
+        self._scratch = scratch
         self.replay: Callable[[], None] = self._capture(pool) if device.type == "cuda" else self.step
         self.capacity = capacity
 

@@ -45,6 +45,7 @@ def load_rank(spec: RankSpec, group: TensorParallel, progress: Callable[[int, in
         load_format=settings.load_format,
         max_positions=settings.context,
         progress=progress,
+        deterministic=settings.deterministic,
     )
     limits = ModelLimits(settings.context, config.vocab_size, frozenset(config.eos_token_ids))
     layout = config.kv_layout(spec.tp, pool.page_size, settings.dtype)

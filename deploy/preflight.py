@@ -62,6 +62,8 @@ def check_runnable(plan: Plan) -> None:
     for pool in plan.pools:
         if pool.device == "cuda":
             _check_gpu_model(plan.model, pool.kv_layout)
+        if pool.device == "cuda" and pool.layout.tp > 1 and plan.topology.model.deterministic:
+            raise StartupError(f"model.deterministic: NCCL's sums over tp ranks {not_yet} that way; use tp: 1")
 
 
 def _check_gpu_model(model: ModelConfig, layout: KvLayout) -> None:

@@ -104,16 +104,20 @@ class DecodeTiles:
         return max(1, num_sms * self.programs_per_sm // self.lanes(shape))
 
 
-def choose_tiles(shape: DecodeShape, slots: int) -> DecodeTiles:
-    """The tiles for `shape` and a capacity of `slots`. Measured on an H100; docs/LOG.md has the runners-up.
+def choose_tiles(shape: DecodeShape, slots: int, deterministic: bool = False) -> DecodeTiles:
+    """The tiles for `shape` and a capacity of `slots`, or for any. Measured on an H100; docs/LOG.md has the runners-up.
 
     MLA's partial results are as wide as four tokens' latents, so that many slots want long splits; few want short ones,
     which keep all processors busy. What the split table changes is the last bits, between capacities.
     """
     if not shape.latent:
         return DecodeTiles(16 if shape.rows <= 16 else 32, keys_first=True, programs_per_sm=2)
-    splits = SplitTable() if slots <= 16 else SplitTable(256, 0, 256) if slots <= 64 else SplitTable(512, 0, 512)
-    return DecodeTiles(num_warps=8, pdl=True, splits=splits)
+    if deterministic:
+        splits = SplitTable(256, 0, 256)
+    else:
+        splits = SplitTable() if slots <= 16 else SplitTable(256, 0, 256) if slots <= 64 else SplitTable(512, 0, 512)
+    parts = 4 if shape.value_dim >= 256 else 1
+    return DecodeTiles(num_warps=8, pdl=True, splits=splits, parts=parts)
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,6 +34,8 @@ class MatmulTiles:
 
 FEW_ROWS = 256  # up to which products of heads are faster here than torch's
 GATE = MatmulTiles(16, 64, 256, 8)  # a router's few columns
+FIXED = MatmulTiles(64, 128, 64, 1, stages=4)  # for any number of rows, where all must come to the same bits
+FIXED_HEADS = MatmulTiles(64, 64, 128, 1, warps=8, stages=2)
 
 
 def choose_tiles(rows: int, width: int) -> MatmulTiles | None:
@@ -58,6 +60,11 @@ def product_terms(
     `x` [rows, in], whose rows may be apart, and `weight` [out, in], contiguous, of one dtype.
     """
     return headwise_terms(x.unsqueeze(1), weight.unsqueeze(0), tiles, dtype=dtype).squeeze(2)
+
+
+def fixed_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x @ weight^T [rows, out] in x's dtype: a row's bits are the same in any place among any number of rows."""
+    return product_terms(x, weight, FIXED).squeeze(0)
 
 
 def headwise_terms(

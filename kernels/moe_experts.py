@@ -61,6 +61,14 @@ class ExpertTiles:
     gather: bool = False
 
 
+# For any number of rows, where all must come to the same bits.
+FIXED = ExpertTiles(
+    64,
+    GemmTile(64, 128, warps=4, stages=3, programs_per_sm=1, swap=True),
+    GemmTile(64, 128, warps=4, stages=3, programs_per_sm=2, swap=True),
+)
+
+
 def expert_tiles(rows: int, top_k: int, num_experts: int) -> ExpertTiles:
     """Tiles for a capacity of `rows`, by the slots that an expert can expect: rows * top_k / num_experts.
 

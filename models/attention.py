@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -13,6 +14,7 @@ from splitserve.models.config import ModelConfig
 from splitserve.models.layers import Linear, NamedTensors, NewTensor, RowParallelLinear, TensorParallel, parts
 
 Angles = tuple[torch.Tensor, torch.Tensor]
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x [rows, in], weight [out, in] -> [rows, out]
 
 
 class Sequences(Protocol):
@@ -33,12 +35,12 @@ class ExpandsLatents(Protocol):
     than absorbing the up-projection where queries are many."""
 
     def attend_expanded(
-        self, q: torch.Tensor, cache_layer: torch.Tensor, up: torch.Tensor, scale: float, value_dim: int
+        self, q: torch.Tensor, cache_layer: torch.Tensor, up: torch.Tensor, product: Product, scale: float
     ) -> torch.Tensor:
         """Attend from `q` [tokens, heads, plain + rotary] -> [tokens, heads, value_dim].
 
-        `up` [heads, plain + value_dim, rank] makes keys and values of the first `rank` numbers of a latent; the others
-        are the rotary key of all heads.
+        `up` [heads, plain + value_dim, rank] makes keys and values of the first `rank` numbers of a latent, by
+        `product`; the others are the rotary key of all heads.
         """
 
 
@@ -47,7 +49,7 @@ class Attention(Protocol):
 
     def named_weights(self) -> NamedTensors: ...
 
-    def pack(self) -> None: ...
+    def pack(self, deterministic: bool) -> None: ...
 
     def project(
         self,
@@ -83,9 +85,9 @@ class GroupedQueryAttention:
         if self._norms:
             yield from zip(("q_norm.weight", "k_norm.weight"), self._norms, strict=True)
 
-    def pack(self) -> None:
-        self._qkv.pack()
-        self._output.pack()
+    def pack(self, deterministic: bool) -> None:
+        self._qkv.pack(deterministic)
+        self._output.pack(deterministic)
 
     def project(
         self,

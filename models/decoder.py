@@ -75,12 +75,16 @@ class Decoder:
         if not self._tied:
             yield "lm_head.weight", self._head.weight
 
-    def pack_weights(self) -> None:
-        """Bring the filled weights into the form they are used in; `named_weights` means nothing from then on."""
+    def pack_weights(self, deterministic: bool = False) -> None:
+        """Bring the filled weights into the form they are used in; `named_weights` means nothing from then on.
+
+        `deterministic`: on a GPU too, a row's bits do not depend on the others, their number, or its place.
+        """
+        self.deterministic = deterministic
         for layer in self._layers:
-            layer.attention.pack()
-            layer.mlp.pack()
-        self._head.pack()
+            layer.attention.pack(deterministic)
+            layer.mlp.pack(deterministic)
+        self._head.pack(deterministic)
 
     def forward(
         self,

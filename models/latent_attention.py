@@ -8,6 +8,8 @@ expanded form, for sequences that ask for it (`ExpandsLatents`), every head has 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from splitserve.kernels import matmul
@@ -24,9 +26,12 @@ from splitserve.models.layers import (
     NewTensor,
     RowParallelLinear,
     TensorParallel,
+    linear,
     parts,
 )
 from splitserve.models.rope import softmax_scale
+
+FIXED_TOKENS = 64  # of a block of queries, where all must come to the same bits
 
 
 class LatentAttention:
@@ -58,16 +63,17 @@ class LatentAttention:
         yield "kv_b_proj.weight", self._up.flatten(0, 1)
         yield from parts(("o_proj",), self._output)
 
-    def pack(self) -> None:
+    def pack(self, deterministic: bool) -> None:
+        self._fixed = deterministic
         key_up, value_up = torch.split(self._up, [self._mla.qk_nope_head_dim, self._mla.v_head_dim], dim=1)
-        self._absorb_keys = HeadwiseLinear(key_up.transpose(1, 2).contiguous())
-        self._expand_values = HeadwiseLinear(value_up.contiguous())
+        self._absorb_keys = HeadwiseLinear(key_up.transpose(1, 2).contiguous(), deterministic)
+        self._expand_values = HeadwiseLinear(value_up.contiguous(), deterministic)
         if self._up.is_cpu:  # where nothing expands
             del self._up
-        self._down.pack()
-        self._output.pack()
+        self._down.pack(deterministic)
+        self._output.pack(deterministic)
         if self._query_up is not None:
-            self._query_up.pack()
+            self._query_up.pack(deterministic)
 
     def project(
         self,
@@ -80,7 +86,7 @@ class LatentAttention:
         """Queries [tokens, heads, latent_dim], the absorbed part before the rotary one; expanded: [.., head_dim]."""
         mla = self._mla
         expands = isinstance(sequences, ExpandsLatents)
-        if x.is_cuda and len(x) <= matmul.FEW_ROWS and not expands:
+        if x.is_cuda and not expands and (self._fixed or len(x) <= matmul.FEW_ROWS):
             return self._queries(x, angles, cache_layer, slot_mapping)
         q, latent = torch.split(self._down(x), self._split, dim=-1)
         write_latent(latent, self._latent_norm, self._eps, *angles, cache_layer, slot_mapping)
@@ -108,12 +114,21 @@ class LatentAttention:
             q = self._query_up(q).unsqueeze(0)
             latent = latent.sum(0, keepdim=True)
         return latent_queries(
-            q, latent, self._absorb_keys.weight, self._latent_norm, self._eps, *angles, cache_layer, slot_mapping
+            q,
+            latent,
+            self._absorb_keys.weight,
+            self._latent_norm,
+            self._eps,
+            *angles,
+            cache_layer,
+            slot_mapping,
+            block_tokens=FIXED_TOKENS if self._fixed else None,
         )
 
     def attend(self, q: torch.Tensor, cache_layer: torch.Tensor, sequences: Sequences) -> torch.Tensor | Terms:
         if isinstance(sequences, ExpandsLatents):
-            values = sequences.attend_expanded(q, cache_layer, self._up, self._scale, self._mla.v_head_dim)
+            product = partial(linear, fixed=self._fixed)
+            values = sequences.attend_expanded(q, cache_layer, self._up, product, self._scale)
             return self._output(values.flatten(1))
         mixed = sequences.attend(q, cache_layer, self._scale, self._mla.kv_lora_rank)
         values = mixed.new_empty(len(q), self._heads, self._mla.v_head_dim)

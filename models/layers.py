@@ -60,11 +60,19 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x` [rows, in] times packed `weight` [out, in] transposed, plus `bias` [out]."""
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, fixed: bool = False
+) -> torch.Tensor:
+    """`x` [rows, in] times packed `weight` [out, in] transposed, plus `bias` [out].
+
+    `fixed`: on a GPU a row's bits do not depend on how many rows there are, as on a CPU they never do.
+    """
+    if fixed and x.is_cuda:
+        product = matmul.fixed_product(x, weight)
+        return product if bias is None else product.add_(bias)
     if weight.is_mkldnn:
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return product
+        packed: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return packed
     if x.is_cpu and x.dtype == torch.bfloat16 and len(x) >= UPCAST_ROWS:
         return _upcast_linear(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -89,16 +97,18 @@ class Linear:
     def __init__(self, in_features: int, out_features: int, bias: bool, new: NewTensor) -> None:
         self.weight = new(out_features, in_features)
         self.bias = new(out_features) if bias else None
+        self._fixed = False
 
-    def pack(self) -> None:
-        self.weight = pack(self.weight)
+    def pack(self, deterministic: bool) -> None:
+        self.weight, self._fixed = pack(self.weight), deterministic
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self._fixed)
 
     def terms(self, x: torch.Tensor) -> torch.Tensor | Terms:
         """The same for a reader that adds terms up itself, where that is faster."""
-        tiles = matmul.choose_tiles(len(x), x.shape[1]) if x.is_cuda and self.bias is None else None
+        splits = x.is_cuda and self.bias is None and not self._fixed
+        tiles = matmul.choose_tiles(len(x), x.shape[1]) if splits else None
         return self(x) if tiles is None else Terms(matmul.product_terms(x, self.weight, tiles))
 
 
@@ -110,7 +120,7 @@ class RowParallelLinear(Linear):
         self._tp = tp
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        total = self._tp.all_reduce(linear(x, self.weight))
+        total = self._tp.all_reduce(linear(x, self.weight, fixed=self._fixed))
         return total if self.bias is None else total.add_(self.bias)
 
     def terms(self, x: torch.Tensor) -> torch.Tensor | Terms:
@@ -120,14 +130,14 @@ class RowParallelLinear(Linear):
 class HeadwiseLinear:
     """A product of its own for each head. `weight` [heads, out, in] is packed here."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.weight = weight
+    def __init__(self, weight: torch.Tensor, deterministic: bool) -> None:
+        self.weight, self._fixed = weight, deterministic
         self._packed = [pack(head) for head in weight] if weight.is_cpu else []
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """`x` [tokens, heads, in] into `out` [tokens, heads, out], which may be part of wider heads."""
-        if x.is_cuda and len(x) <= matmul.FEW_ROWS:
-            tiles = matmul.headwise_tiles(len(x), x.shape[2])
+        if x.is_cuda and (self._fixed or len(x) <= matmul.FEW_ROWS):
+            tiles = matmul.FIXED_HEADS if self._fixed else matmul.headwise_tiles(len(x), x.shape[2])
             matmul.headwise_terms(x, self.weight, tiles, out.unsqueeze(0))
             return
         if x.is_cuda:
@@ -161,13 +171,14 @@ class VocabParallelHead:
     def __init__(self, vocab_size: int, weight: torch.Tensor, tp: TensorParallel) -> None:
         self.weight = weight
         self._vocab_size, self._tp = vocab_size, tp
+        self._fixed = False
 
-    def pack(self) -> None:
-        self.weight = pack(self.weight)
+    def pack(self, deterministic: bool) -> None:
+        self.weight, self._fixed = pack(self.weight), deterministic
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [rows, hidden] -> scores [rows, vocab] of their dtype, on every rank."""
-        return self._tp.all_gather(linear(hidden, self.weight), -1)[:, : self._vocab_size]
+        return self._tp.all_gather(linear(hidden, self.weight, fixed=self._fixed), -1)[:, : self._vocab_size]
 
 
 def prefixed(prefix: str, weights: NamedTensors) -> NamedTensors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from splitserve.kernels import matmul
-from splitserve.kernels.moe_experts import routed_experts, routed_terms
+from splitserve.kernels.moe_experts import FIXED, routed_experts, routed_terms
 from splitserve.kernels.moe_routing import Routing, route
 from splitserve.kernels.rms_norm import Terms
 from splitserve.kernels.silu_and_mul import silu_and_mul
@@ -37,9 +37,9 @@ class Mlp:
         yield from parts(("gate_proj", "up_proj"), self._gate_up, [self._width, self._width])
         yield from parts(("down_proj",), self._down)
 
-    def pack(self) -> None:
-        self._gate_up.pack()
-        self._down.pack()
+    def pack(self, deterministic: bool) -> None:
+        self._gate_up.pack(deterministic)
+        self._down.pack(deterministic)
 
     def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Gate on up [2 * width, hidden] and down [hidden, width]."""
@@ -80,12 +80,13 @@ class MixtureOfExperts:
         if self._shared is not None:
             yield from prefixed("shared_experts", self._shared.named_weights())
 
-    def pack(self) -> None:
-        if self._gate.is_cuda:
-            self._shared_choices = self._append_shared() if self._tp.size == 1 else 0
-            return
+    def pack(self, deterministic: bool) -> None:
+        self._fixed = deterministic
+        self._shared_choices = self._append_shared() if self._gate.is_cuda and self._tp.size == 1 else 0
         if self._shared is not None:
-            self._shared.pack()
+            self._shared.pack(deterministic)
+        if self._gate.is_cuda:
+            return
         self._gate = pack(self._gate.float())
         self._packed = [(pack(gate_up), pack(down)) for gate_up, down in zip(self._gate_up, self._down, strict=True)]
         del self._gate_up, self._down
@@ -93,12 +94,13 @@ class MixtureOfExperts:
     def __call__(self, x: torch.Tensor, sequences: Sequences) -> torch.Tensor | Terms:
         """[tokens, hidden] -> [tokens, hidden]. A token's parts are added in the order of its choices."""
         if x.is_cuda:
-            logits = _gate_scores(x, self._gate)
+            logits = _gate_scores(x, self._gate, self._fixed)
             weights, chosen = route(logits, self._bias, self._routing, self._shared_choices)
             experts, live = (x, weights, chosen, self._gate_up, self._down), sequences.live_rows(len(x))
+            tiles = FIXED if self._fixed else None
             if self._tp.size == 1:
-                return routed_terms(*experts, live)
-            routed = routed_experts(*experts, live, first_expert=self._experts.start)
+                return routed_terms(*experts, live, tiles=tiles)
+            routed = routed_experts(*experts, live, first_expert=self._experts.start, tiles=tiles)
         else:
             routed = self._on_cpu(x)
         routed = self._tp.all_reduce(routed)
@@ -131,8 +133,8 @@ class MixtureOfExperts:
         return total.to(x.dtype)
 
 
-def _gate_scores(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+def _gate_scores(x: torch.Tensor, gate: torch.Tensor, fixed: bool) -> torch.Tensor:
     """x @ gate.T in float32, or the terms of it. Products of two bfloat16 numbers are exact in float32."""
-    if len(x) <= matmul.FEW_ROWS:
+    if fixed or len(x) <= matmul.FEW_ROWS:
         return matmul.product_terms(x, gate, matmul.GATE, torch.float32)
     return x @ gate.T if x.dtype == torch.float32 else torch.mm(x, gate.T, out_dtype=torch.float32)

@@ -44,6 +44,7 @@ class EngineAlone:
         parts = rank_parts(spec, loaded)
         self.loop = next((service for service in parts.services if isinstance(service, DecodeLoop)), None)
         ranks = Ranks(Rank(loaded.runner, *parts.services))
+        self.runner = loaded.runner
         self._layout, self._vocab = loaded.runner.cache.layout, loaded.config.vocab_size
         self._engine = build_engine(Leader(spec, loaded, ranks, [], self._hear))
         self.ready_s = time.perf_counter() - began

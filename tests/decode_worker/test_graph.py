@@ -31,9 +31,18 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 class Decoding:
     """Up to 16 sequences in the decode loop, after a prefill the step by step way."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, deterministic: bool = False) -> None:
         config = load_model_config(str(folder))
-        model = load_model(folder, config, torch.bfloat16, CUDA, SingleRank(), "auto", max_positions=MAX_TOKENS)
+        model = load_model(
+            folder,
+            config,
+            torch.bfloat16,
+            CUDA,
+            SingleRank(),
+            "auto",
+            max_positions=MAX_TOKENS,
+            deterministic=deterministic,
+        )
         self.stepwise = Driver(model, config, SingleRank(), CAPACITIES[-1], MAX_TOKENS, CUDA)
         self._loop = DecodeLoop(model, config, self.stepwise.cache, CAPACITIES, MAX_TOKENS)
         self._updates = SlotUpdateBuilder(self._loop.layout)
@@ -56,9 +65,10 @@ class Decoding:
         self._next += 1
         return {row.slot: row for row in pending.wait()}
 
-    def steps(self, slot: int) -> list[RowResult]:
-        """What comes in `slot`."""
-        return [self.step()[slot] for _ in range(STEPS)]
+    def steps(self, slot: int, capacity: int = CAPACITIES[-1]) -> list[tuple[int, float]]:
+        """Tokens and log probabilities that come in `slot`."""
+        rows = [self.step(capacity)[slot] for _ in range(STEPS)]
+        return [(row.token_id, row.logprob) for row in rows]
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -87,10 +97,27 @@ def test_neighbours_change_no_bit(folder: Path) -> None:
     mine = prompt(100, seed=0)
     decoding.start({0: mine})
     alone = decoding.steps(0)
-    assert len({row.token_id for row in alone}) > 3
+    assert len(set(alone)) > 3
     for seed in range(COMPOSITIONS):
         dice = random.Random(seed)
         others = dice.sample(range(1, CAPACITIES[-1]), dice.randint(1, CAPACITIES[-1] - 1))
         beside = {slot: prompt(dice.randint(1, 300), seed=seed * 100 + slot) for slot in others}
         decoding.start({0: mine} | beside)
         assert decoding.steps(0) == alone, f"composition {seed}"
+
+
+def test_deterministic_bits_depend_on_nothing(folder: Path) -> None:
+    """In any slot, at any capacity, alone or among others."""
+    decoding = Decoding(folder, deterministic=True)
+    mine = prompt(100, seed=0)
+    decoding.start({0: mine})
+    alone = decoding.steps(0)
+    assert len(set(alone)) > 3
+    for seed in range(COMPOSITIONS):
+        dice = random.Random(seed)
+        capacity = dice.choice(CAPACITIES)
+        slots = dice.sample(range(CAPACITIES[-1]), dice.randint(1, capacity))
+        lengths = {slot: dice.randint(1, 300) for slot in slots[1:]}
+        beside = {slot: prompt(length, seed=seed * 100 + slot) for slot, length in lengths.items()}
+        decoding.start({slots[0]: mine} | beside)
+        assert decoding.steps(slots[0], capacity) == alone, f"composition {seed}"

@@ -44,6 +44,13 @@ def test_experts_in_float32_on_a_gpu(tmp_path: Path) -> None:
         check_runnable(plan_text(tmp_path, raw, V2_LITE))
 
 
+def test_deterministic_sums_over_gpus(tmp_path: Path) -> None:
+    decode = {"device": "cuda", "kv_memory": "8GiB", "layout": {"tp": 3}}
+    raw = ONE_GPU | {"hosts": {"gpus": 3}, "model": {"dtype": "bfloat16", "deterministic": True}, "decode": decode}
+    with pytest.raises(StartupError, match=r"model\.deterministic: .* use tp: 1"):
+        check_runnable(plan_text(tmp_path, raw, SMOLLM2))
+
+
 class FakeGpu:
     """A GPU of `total` bytes, of which `free` are free."""
 

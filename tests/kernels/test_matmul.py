@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from splitserve.kernels.launch import INTERPRETING
-from splitserve.kernels.matmul import GATE, MatmulTiles, choose_tiles, headwise_terms, headwise_tiles, product_terms
+from splitserve.kernels.matmul import (
+    GATE,
+    MatmulTiles,
+    choose_tiles,
+    fixed_product,
+    headwise_terms,
+    headwise_tiles,
+    product_terms,
+)
 
 DEVICE = "cpu" if INTERPRETING else "cuda"
 ONE_STEP, LOOP = MatmulTiles(16, 64, 128, 2), MatmulTiles(16, 64, 32, 2)
@@ -61,3 +69,20 @@ def test_tiles_for_real_shapes(rows: int, columns: int, width: int) -> None:
     assert tiles is not None
     for chosen in (tiles, GATE):
         close(product_terms(x, weight, chosen).sum(0), x.double() @ weight.double().T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 64, 150])
+def test_fixed_product(dtype: torch.dtype, rows: int) -> None:
+    x, weight = random(rows, 200, dtype=dtype), random(70, 200, dtype=dtype, seed=1)
+    close(fixed_product(x, weight), x.double() @ weight.double().T)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("columns", "width"), [(3648, 2048), (2048, 2048), (4096, 512)])
+def test_a_row_of_a_fixed_product_is_the_same_anywhere(columns: int, width: int) -> None:
+    x, weight = random(3000, width, dtype=torch.bfloat16), random(columns, width, dtype=torch.bfloat16, seed=1)
+    whole = fixed_product(x, weight)
+    close(whole, x.double() @ weight.double().T)
+    for first, last in ((0, 1), (5, 22), (1000, 1256), (2999, 3000), (7, 3000)):
+        assert torch.equal(fixed_product(x[first:last], weight), whole[first:last])

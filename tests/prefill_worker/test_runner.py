@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from splitserve.engine.batch import Batch
 from splitserve.engine.kv_cache import KvCache
@@ -135,7 +136,7 @@ def test_expanded_latents_attend_as_absorbed_ones(monkeypatch: pytest.MonkeyPatc
     expected = torch.einsum("thr,hvr->thv", mixed, up[:, plain:])
     for room in (1 << 20, 1):  # all heads at once, and one by one
         monkeypatch.setattr(packed_attention, "EXPANDED_BYTES", room)
-        attended = PackedSequences(batch).attend_expanded(q, cache_layer, up, 0.2, value_dim)
+        attended = PackedSequences(batch).attend_expanded(q, cache_layer, up, F.linear, 0.2)
         torch.testing.assert_close(attended, expected, atol=2e-4, rtol=2e-4)
 
 
@@ -146,6 +147,32 @@ def test_rows_behind_a_context_are_zero() -> None:
     rows = gather_pages(layer, batch.pages)
     assert rows.shape[1] == 128
     assert not rows[:, 21:].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("write", [write_tiny_model, write_tiny_moe], ids=["dense", "latent-moe"])
+def test_deterministic_logits_do_not_depend_on_packing(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    config = load_model_config(str(write(tmp_path)))
+    model = load_model(
+        tmp_path, config, torch.bfloat16, DEVICE, SingleRank(), "auto", max_positions=1024, deterministic=True
+    )
+    runner = PrefillRunner(
+        model, KvCache(config.kv_layout(1, PAGE_SIZE, "bfloat16"), PAGES, DEVICE), DEVICE, graph_tokens=GRAPHS
+    )
+    sequences = Sequences([150, *(random.Random(seed).randint(1, 300) for seed in range(11))])
+    alone = runner.run(sequences.batch({0: (0, 150)}, logits=20))
+    for seed in range(40):
+        dice = random.Random(seed)
+        cut = dice.randint(0, 140)
+        if cut:
+            runner.run(sequences.batch({0: (0, cut)}, logits=0))
+        others = {index: (0, len(sequences.prompts[index])) for index in dice.sample(range(1, 12), dice.randint(0, 11))}
+        chunks = list(others.items())
+        place = dice.randint(0, len(chunks))
+        packed = dict([*chunks[:place], (0, (cut, 150 - cut)), *chunks[place:]])
+        logits = runner.run(sequences.batch(packed, logits=10))
+        first = sum(min(10, len(sequences.prompts[index])) for index, _ in chunks[:place])
+        assert torch.equal(logits[first : first + 10], alone[-10:]), f"packing {seed}"
 
 
 @pytest.mark.gpu
