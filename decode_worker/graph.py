@@ -29,8 +29,10 @@ WARM_UPS = 2
 class SlotAttention:
     """The `Sequences` of a decode step: one query a slot."""
 
-    def __init__(self, shape: DecodeShape, slots: int, max_pages: int, device: torch.device) -> None:
-        self._tiles = choose_tiles(shape, slots)
+    def __init__(
+        self, shape: DecodeShape, slots: int, max_pages: int, device: torch.device, deterministic: bool = False
+    ) -> None:
+        self._tiles = choose_tiles(shape, slots, deterministic)
         splits = self._tiles.splits
         programs = self._tiles.programs(shape, num_sms(device))
         self._plan = new_decode_plan(slots, programs, splits, device)
@@ -48,7 +50,7 @@ class SlotAttention:
         self, q: torch.Tensor, cache_layer: torch.Tensor, scale: float, value_dim: int | None = None
     ) -> torch.Tensor:
         attended = decode_attention(
-            q.unsqueeze(1).contiguous(),
+            q.unsqueeze(1),
             cache_layer,
             self.block_table,
             self.lengths,
@@ -82,7 +84,7 @@ class DecodeGraph:
             page_size=layout.page_size,
         )
         self._model, self._cache = model, cache
-        self.sequences = SlotAttention(shape, slots, max_pages, device)
+        self.sequences = SlotAttention(shape, slots, max_pages, device, model.deterministic)
         self.tokens = torch.zeros(slots, dtype=torch.int64, device=device)
         self._graph = torch.cuda.CUDAGraph()
         self._capture()

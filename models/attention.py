@@ -32,7 +32,7 @@ class Attention(Protocol):
 
     def named_weights(self) -> NamedTensors: ...
 
-    def pack(self) -> None: ...
+    def pack(self, deterministic: bool = False) -> None: ...
 
     def project(
         self, x: torch.Tensor, angles: Angles, cache_layer: torch.Tensor, slot_mapping: torch.Tensor
@@ -63,9 +63,9 @@ class GroupedQueryAttention:
         if self._norms:
             yield from zip(("q_norm.weight", "k_norm.weight"), self._norms, strict=True)
 
-    def pack(self) -> None:
-        self._qkv.pack()
-        self._output.pack()
+    def pack(self, deterministic: bool = False) -> None:
+        self._qkv.pack(deterministic)
+        self._output.pack(deterministic)
 
     def project(
         self, x: torch.Tensor, angles: Angles, cache_layer: torch.Tensor, slot_mapping: torch.Tensor

@@ -49,14 +49,21 @@ class Layer:
 class Decoder:
     """One rank's model for contexts of up to `max_positions`.
 
-    Its weights are whatever memory held, until something fills `named_weights` and calls `pack_weights`.
+    Its weights are whatever memory held, until something fills `named_weights` and calls `pack_weights`. On a GPU a
+    row's bits may depend on the number of rows that its step has room for, unless the model is `deterministic`.
     """
 
     def __init__(
-        self, config: ModelConfig, tp: TensorParallel, dtype: torch.dtype, device: torch.device, max_positions: int
+        self,
+        config: ModelConfig,
+        tp: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_positions: int,
+        deterministic: bool = False,
     ) -> None:
         new = partial(torch.empty, dtype=dtype, device=device)
-        self.dtype = dtype
+        self.dtype, self.deterministic = dtype, deterministic
         self._eps = config.rms_norm_eps
         self._rope = RopeTable(config.rope, config.rotary_dim, max_positions, device)
         self._embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, new, tp)
@@ -78,11 +85,9 @@ class Decoder:
     def pack_weights(self) -> None:
         """Bring the filled weights into the form they are used in; `named_weights` means nothing from then on."""
         for layer in self._layers:
-            layer.attention.pack()
-            layer.mlp.pack()
-            if isinstance(layer.attention, LatentAttention) and isinstance(layer.mlp, MixtureOfExperts):
-                layer.attention.ahead = layer.mlp.always_read()
-        self._head.pack()
+            layer.attention.pack(self.deterministic)
+            layer.mlp.pack(self.deterministic)
+        self._head.pack(self.deterministic)
 
     def forward(
         self,

@@ -16,6 +16,7 @@ from splitserve.kernels.rope import apply_rope_interleaved
 from splitserve.models.attention import Angles, Sequences
 from splitserve.models.config import MlaConfig, ModelConfig
 from splitserve.models.layers import (
+    DECODE_ROWS,
     HeadwiseLinear,
     Linear,
     NamedTensors,
@@ -45,7 +46,6 @@ class LatentAttention:
         self._latent_norm = new(mla.kv_lora_rank)
         self._up = new(self._heads, mla.qk_nope_head_dim + mla.v_head_dim, mla.kv_lora_rank)
         self._output = RowParallelLinear(config.num_heads * mla.v_head_dim, config.hidden_size, False, new, tp)
-        self.ahead: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # what the experts will surely read
 
     def named_weights(self) -> NamedTensors:
         first = "q_proj" if self._query_up is None else "q_a_proj"
@@ -57,22 +57,23 @@ class LatentAttention:
         yield "kv_b_proj.weight", self._up.flatten(0, 1)
         yield from parts(("o_proj",), self._output)
 
-    def pack(self) -> None:
+    def pack(self, deterministic: bool = False) -> None:
+        self._deterministic = deterministic
         key_up, value_up = torch.split(self._up, [self._mla.qk_nope_head_dim, self._mla.v_head_dim], dim=1)
-        self._absorb_keys = HeadwiseLinear(key_up.transpose(1, 2).contiguous())
-        self._expand_values = HeadwiseLinear(value_up.contiguous())
+        self._absorb_keys = HeadwiseLinear(key_up.transpose(1, 2).contiguous(), deterministic)
+        self._expand_values = HeadwiseLinear(value_up.contiguous(), deterministic)
         del self._up
-        self._down.pack()
-        self._output.pack()
+        self._down.pack(deterministic)
+        self._output.pack(deterministic)
         if self._query_up is not None:
-            self._query_up.pack()
+            self._query_up.pack(deterministic)
 
     def project(
         self, x: torch.Tensor, angles: Angles, cache_layer: torch.Tensor, slot_mapping: torch.Tensor
     ) -> torch.Tensor:
         """Queries [tokens, heads, latent_dim]: the absorbed part, then the rotary one."""
         mla = self._mla
-        if x.is_cuda and len(x) <= 256:
+        if x.is_cuda and (self._deterministic or len(x) <= DECODE_ROWS):
             return self._queries(x, angles, cache_layer, slot_mapping)
         q, latent = torch.split(self._down(x), self._split, dim=-1)
         write_latent(latent, self._latent_norm, self._eps, *angles, cache_layer, slot_mapping)
@@ -96,16 +97,15 @@ class LatentAttention:
             q = rms_norm(q.sum(0).to(x.dtype), self._query_norm, self._eps)
             q = self._query_up(q).unsqueeze(0)
             latent = latent.sum(0, keepdim=True)
-        return latent_queries(
-            q, latent, self._absorb_keys.weight, self._latent_norm, self._eps, *angles, cache_layer, slot_mapping
-        )
+        weights = (self._absorb_keys.weight, self._latent_norm, self._eps)
+        block = 64 if self._deterministic else None
+        return latent_queries(q, latent, *weights, *angles, cache_layer, slot_mapping, block_tokens=block)
 
     def attend(self, q: torch.Tensor, cache_layer: torch.Tensor, sequences: Sequences) -> torch.Tensor | Terms:
         mixed = sequences.attend(q, cache_layer, self._scale, self._mla.kv_lora_rank)
         values = mixed.new_empty(len(q), self._heads, self._mla.v_head_dim)
-        gate_up, down = self.ahead
-        self._expand_values(mixed, values, gate_up)
-        return self._output.terms(values.flatten(1), down)
+        self._expand_values(mixed, values)
+        return self._output.terms(values.flatten(1))
 
 
 def _values(sum_of: torch.Tensor | Terms) -> torch.Tensor:

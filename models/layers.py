@@ -13,6 +13,7 @@ from splitserve.kernels.rms_norm import Terms
 
 UPCAST_ROWS = 4
 UPCAST_ELEMENTS = 1 << 20
+DECODE_ROWS = 256  # up to here a GPU's products are bound by reading their weights
 
 NewTensor = Callable[..., torch.Tensor]
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
@@ -60,8 +61,16 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x` [rows, in] times packed `weight` [out, in] transposed, plus `bias` [out]."""
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, deterministic: bool = False
+) -> torch.Tensor:
+    """`x` [rows, in] times packed `weight` [out, in] transposed, plus `bias` [out].
+
+    On a GPU a row's bits may depend on the number of rows unless it is `deterministic`; on a CPU they never do.
+    """
+    if deterministic and x.is_cuda:
+        exact = matmul.product(x, weight)
+        return exact if bias is None else exact.add_(bias)
     if weight.is_mkldnn:
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return product
@@ -89,17 +98,20 @@ class Linear:
     def __init__(self, in_features: int, out_features: int, bias: bool, new: NewTensor) -> None:
         self.weight = new(out_features, in_features)
         self.bias = new(out_features) if bias else None
+        self._deterministic = False
 
-    def pack(self) -> None:
-        self.weight = pack(self.weight)
+    def pack(self, deterministic: bool = False) -> None:
+        self.weight, self._deterministic = pack(self.weight), deterministic
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self._deterministic)
 
-    def terms(self, x: torch.Tensor, ahead: torch.Tensor | None = None) -> torch.Tensor | Terms:
-        """The same for a reader that adds terms up itself, where that is faster. `ahead`: as in `product_terms`."""
-        tiles = matmul.choose_tiles(len(x), x.shape[1]) if x.is_cuda and self.bias is None else None
-        return self(x) if tiles is None else Terms(matmul.product_terms(x, self.weight, tiles, ahead))
+    def terms(self, x: torch.Tensor) -> torch.Tensor | Terms:
+        """The same for a reader that adds terms up itself, where that is faster."""
+        if x.is_cpu or self.bias is not None or self._deterministic:
+            return self(x)
+        tiles = matmul.choose_tiles(len(x), *self.weight.shape)
+        return self(x) if tiles is None else Terms(matmul.product_terms(x, self.weight, tiles))
 
 
 class RowParallelLinear(Linear):
@@ -110,25 +122,25 @@ class RowParallelLinear(Linear):
         self._tp = tp
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        total = self._tp.all_reduce(linear(x, self.weight))
+        total = self._tp.all_reduce(linear(x, self.weight, None, self._deterministic))
         return total if self.bias is None else total.add_(self.bias)
 
-    def terms(self, x: torch.Tensor, ahead: torch.Tensor | None = None) -> torch.Tensor | Terms:
-        return super().terms(x, ahead) if self._tp.size == 1 else self(x)
+    def terms(self, x: torch.Tensor) -> torch.Tensor | Terms:
+        return super().terms(x) if self._tp.size == 1 else self(x)
 
 
 class HeadwiseLinear:
     """A product of its own for each head. `weight` [heads, out, in] is packed here."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.weight = weight
+    def __init__(self, weight: torch.Tensor, deterministic: bool = False) -> None:
+        self.weight, self._deterministic = weight, deterministic
         self._packed = [pack(head) for head in weight] if weight.is_cpu else []
 
-    def __call__(self, x: torch.Tensor, out: torch.Tensor, ahead: torch.Tensor | None = None) -> None:
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """`x` [tokens, heads, in] into `out` [tokens, heads, out], which may be part of wider heads."""
-        if x.is_cuda and len(x) <= 256:
-            tiles = matmul.headwise_tiles(len(x), x.shape[2])
-            matmul.headwise_terms(x, self.weight, tiles, out.unsqueeze(0), ahead)
+        if x.is_cuda and (self._deterministic or len(x) <= DECODE_ROWS):
+            tiles = matmul.FIXED if self._deterministic else matmul.headwise_tiles(len(x), x.shape[2])
+            matmul.headwise_terms(x, self.weight, tiles, out.unsqueeze(0))
             return
         if x.is_cuda:
             torch.bmm(x.transpose(0, 1), self.weight.transpose(1, 2), out=out.transpose(0, 1))
@@ -159,15 +171,15 @@ class VocabParallelHead:
     """Scores every word of the vocabulary by `weight`, this rank's padded rows of it (the embedding's, if tied)."""
 
     def __init__(self, vocab_size: int, weight: torch.Tensor, tp: TensorParallel) -> None:
-        self.weight = weight
+        self.weight, self._deterministic = weight, False
         self._vocab_size, self._tp = vocab_size, tp
 
-    def pack(self) -> None:
-        self.weight = pack(self.weight)
+    def pack(self, deterministic: bool = False) -> None:
+        self.weight, self._deterministic = pack(self.weight), deterministic
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [rows, hidden] -> scores [rows, vocab] of their dtype, on every rank."""
-        return self._tp.all_gather(linear(hidden, self.weight), -1)[:, : self._vocab_size]
+        return self._tp.all_gather(linear(hidden, self.weight, None, self._deterministic), -1)[:, : self._vocab_size]
 
 
 def prefixed(prefix: str, weights: NamedTensors) -> NamedTensors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from splitserve.kernels import matmul
-from splitserve.kernels.moe_experts import routed_experts, routed_terms
+from splitserve.kernels.moe_experts import expert_tiles, routed_experts, routed_terms
 from splitserve.kernels.moe_routing import Routing, route
 from splitserve.kernels.rms_norm import Terms
 from splitserve.kernels.silu_and_mul import silu_and_mul
@@ -37,9 +37,9 @@ class Mlp:
         yield from parts(("gate_proj", "up_proj"), self._gate_up, [self._width, self._width])
         yield from parts(("down_proj",), self._down)
 
-    def pack(self) -> None:
-        self._gate_up.pack()
-        self._down.pack()
+    def pack(self, deterministic: bool = False) -> None:
+        self._gate_up.pack(deterministic)
+        self._down.pack(deterministic)
 
     def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Gate on up [2 * width, hidden] and down [hidden, width]."""
@@ -80,9 +80,12 @@ class MixtureOfExperts:
         if self._shared is not None:
             yield from prefixed("shared_experts", self._shared.named_weights())
 
-    def pack(self) -> None:
+    def pack(self, deterministic: bool = False) -> None:
+        self._deterministic = deterministic
         if self._gate.is_cuda:
             self._shared_choices = self._append_shared() if self._tp.size == 1 else 0
+            if self._shared is not None:
+                self._shared.pack(deterministic)
             return
         if self._shared is not None:
             self._shared.pack()
@@ -96,9 +99,10 @@ class MixtureOfExperts:
             logits = matmul.product_terms(x, self._gate, matmul.GATE)
             weights, chosen = route(logits, self._bias, self._routing, self._shared_choices)
             experts, live = (x, weights, chosen, self._gate_up, self._down), sequences.live_rows(len(x))
+            tiles = expert_tiles(len(x), chosen.shape[1], len(self._down), self._deterministic)
             if self._tp.size == 1:
-                return routed_terms(*experts, live)
-            routed = routed_experts(*experts, live, first_expert=self._experts.start)
+                return routed_terms(*experts, live, tiles=tiles)
+            routed = routed_experts(*experts, live, first_expert=self._experts.start, tiles=tiles)
         else:
             routed = self._on_cpu(x)
         routed = self._tp.all_reduce(routed)
@@ -106,12 +110,6 @@ class MixtureOfExperts:
             return routed
         shared = self._shared(x, sequences)
         return routed + (shared.sum(x.dtype) if isinstance(shared, Terms) else shared)
-
-    def always_read(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The weights of shared experts that stand among the routed ones: gate_up and down."""
-        if not self._gate.is_cuda or not self._shared_choices:
-            return None, None
-        return self._gate_up[-self._shared_choices :], self._down[-self._shared_choices :]
 
     def _append_shared(self) -> int:
         """Make shared experts of routed ones that every token chooses, with weight 1; returns how many."""

@@ -31,15 +31,16 @@ def load_model(
     load_format: Literal["auto", "dummy"],
     max_positions: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    deterministic: bool = False,
 ) -> Decoder:
     """Build the model of `config` on `device` in `dtype` with weights from `folder`, or made up (`dummy`).
 
     `max_positions` is the longest context that will be run, by default the model's own. `progress(done, total)` is
-    called after each of the weights. Raises ModelLoadError naming the file or the tensor.
+    called after each of the weights. `deterministic`: see `Decoder`. Raises ModelLoadError naming the file or tensor.
     """
     if config.fp8_block:
         raise ModelLoadError("quantization_config: fp8 weights can be planned but not run yet; use bfloat16 ones")
-    model = Decoder(config, tp, dtype, device, max_positions or config.max_position_embeddings)
+    model = Decoder(config, tp, dtype, device, max_positions or config.max_position_embeddings, deterministic)
     if load_format == "dummy":
         fill_weights(model, config, tp, fill_dummy, progress)
     else:
