@@ -5,5 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-for module in ("benchmarks.gpu_decode", "benchmarks.kernels.moe_experts", "benchmarks.kernels.decode_attention"):
+KERNELS = ("moe_experts", "decode_attention", "pointwise")
+for module in ("benchmarks.gpu_decode", *(f"benchmarks.kernels.{name}" for name in KERNELS)):
     subprocess.run([sys.executable, "-m", module], check=True)

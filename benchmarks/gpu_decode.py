@@ -29,7 +29,7 @@ from splitserve.models.weights import load_model
 
 VLLM_MS = {1: 3.81, 8: 8.60, 32: 12.92, 64: 14.11, 128: 15.28, 256: 17.62}
 BATCHES = (1, 3, 8, 17, 32, 48, 64, 65, 128, 129, 200, 256)
-CAPACITIES = (16, 64, 256)
+CAPACITIES = (16, 64, 128, 256)
 CONTEXT, STEPS, PAGE_SIZE = 1024, 60, 64
 Chosen = tuple[torch.Tensor, torch.Tensor]
 

@@ -50,7 +50,7 @@ class SlotAttention:
         self, q: torch.Tensor, cache_layer: torch.Tensor, scale: float, value_dim: int | None = None
     ) -> torch.Tensor:
         attended = decode_attention(
-            q.unsqueeze(1),
+            q.unsqueeze(1).contiguous(),
             cache_layer,
             self.block_table,
             self.lengths,

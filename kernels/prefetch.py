@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def prefetch_l2(pointers, size):  # type: ignore[no-untyped-def]
     """Bring `size` bytes (a multiple of 16) from each of `pointers` on into L2. Hopper only, not interpreted."""
     tl.inline_asm_elementwise(

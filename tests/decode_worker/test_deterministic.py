@@ -1,4 +1,4 @@
-"""A deterministic model: the same bits at any capacity, in any slot, in any company, however a prompt is packed."""
+"""A deterministic model: the same bits at any capacity, in any slot, in any company, however rows are packed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from splitserve.models.decoder import Decoder
 from splitserve.models.layers import SingleRank
 from splitserve.models.resolve import load_model_config
 from splitserve.models.weights import load_model
-from tests.models.driver import Driver, Span
 from tests.tiny_model import write_tiny_moe
 
 pytestmark = pytest.mark.gpu
@@ -73,7 +72,7 @@ def head_logits(graph: DecodeGraph, tokens: torch.Tensor, lengths: torch.Tensor)
     try:
         graph.step()
     finally:
-        del model.narrow_logits  # type: ignore[attr-defined]
+        del model.narrow_logits
     return caught[0].clone()
 
 
@@ -90,9 +89,31 @@ def test_a_step_has_the_same_bits_anywhere(loaded: Loaded) -> None:
             assert torch.equal(found[sequence], expected), f"sequence {sequence} at capacity {capacity}"
 
 
+class Itself:
+    """In place of attention, which is not at stake here: every query's own first numbers."""
+
+    def attend(
+        self, q: torch.Tensor, cache_layer: torch.Tensor, scale: float, value_dim: int | None = None
+    ) -> torch.Tensor:
+        return q[..., :value_dim].contiguous()
+
+    def live_rows(self, rows: int) -> torch.Tensor:
+        return torch.tensor([rows], dtype=torch.int32, device=CUDA)
+
+
+@torch.inference_mode()
 def test_packing_changes_no_bit(loaded: Loaded) -> None:
     model, config = loaded
-    alone = [Driver(model, config, SingleRank(), 1, 512, CUDA).run([Span(0, 0, prompt)])[0] for prompt in PROMPTS]
-    packed = Driver(model, config, SingleRank(), len(PROMPTS), 512, CUDA)
-    rows = packed.run([Span(index, 0, prompt) for index, prompt in enumerate(PROMPTS)])
-    assert all(torch.equal(row, expected) for row, expected in zip(rows, alone, strict=True))
+    cache = KvCache(config.kv_layout(1, PAGE_SIZE, "bfloat16"), 1, CUDA)
+    tokens = torch.randint(3, 300, (3000,), device=CUDA)
+    positions = torch.arange(3000, device=CUDA) % 512
+
+    def run(rows: slice) -> torch.Tensor:
+        nowhere = torch.full_like(tokens[rows], -1)
+        hidden = model.forward(tokens[rows], positions[rows], cache.layers, Itself(), nowhere)
+        return model.narrow_logits(hidden)
+
+    expected = run(slice(0, 3000))
+    for first, count in ((0, 1), (5, 16), (100, 64), (700, 256), (1000, 1500)):
+        part = slice(first, first + count)
+        assert torch.equal(run(part), expected[part]), f"{count} rows"
