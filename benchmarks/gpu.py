@@ -13,6 +13,7 @@ MODULES = (
     "benchmarks.kernels.moe_experts",
     "benchmarks.kernels.decode_attention",
     "benchmarks.kernels.prefill_attention",
+    "benchmarks.kernels.pointwise",
     "benchmarks.kernels.sampling",
 )
 for module in MODULES:

@@ -7,9 +7,7 @@ its neighbours, its place, the number of programs, or the page size.
 
 Rows are the (query, head) pairs that share a KV head, in blocks padded for the tensor cores. Scores are [rows, keys],
 or with `keys_first` [keys, rows]: 64 keys fill Hopper's wgmma, which 16 rows do not.
-
-With `tiles.descriptors`, whole tiles of keys come by the bulk copy engine (TMA), one descriptor for all pages. It
-copies whatever lies there, so the tile at a context's end, behind which pages may hold NaN, is loaded under a mask.
+Columns come in `parts`, each a chain of products of its own: one chain over 576 columns is long.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from splitserve.kernels.decode_plan import (
     DecodePlan,
@@ -32,7 +29,6 @@ from splitserve.kernels.head_sizes import runs_on_gpu
 from splitserve.kernels.prefetch import prefetch_l2
 
 LOG2_E = 1.4426950408889634
-COMBINE_ROWS = 1
 PREFETCHED = 256  # tokens of a program's run that it asks for before the kernel in front has ended
 
 
@@ -69,29 +65,20 @@ def decode_attention(
         "FRONT_STEP": plan.splits.front_step, "FRONT": plan.splits.front, "STEP": plan.splits.step,
     }  # fmt: skip
     _decode_kernel[(tiles.lanes(shape), plan.programs)](
-        q, cache_layer, *_key_tiles(cache_layer, shape, tiles), block_table, lengths, out, plan.order,
+        q, cache_layer, block_table, lengths, out, plan.order,
         plan.boundaries, plan.slots, scratch.acc, scratch.stats, scale * LOG2_E, cache_layer.stride(0),
         block_table.stride(0),
         KV_HEADS=shape.kv_heads, REST=shape.dim - main, LATENT=shape.latent, PAGE=shape.page_size,
         BLOCK_ROWS=tiles.block_rows, BLOCK_KEYS=tiles.block_keys, PARTS=tiles.parts, KEYS_FIRST=tiles.keys_first,
-        UPCAST=interpreted, PREFETCHED=PREFETCHED, TMA=tiles.descriptors, num_warps=tiles.num_warps,
+        UPCAST=interpreted, PREFETCHED=PREFETCHED, num_warps=tiles.num_warps,
         num_stages=tiles.num_stages, **sizes,
     )  # fmt: skip
-    _combine_kernel[(slots, -(-shape.q_len * shape.heads // COMBINE_ROWS))](
+    combined_rows = 1 if slots <= 16 else 4  # most of many slots need no combining: few programs find that out sooner
+    _combine_kernel[(slots, -(-shape.q_len * shape.heads // combined_rows))](
         lengths, out, plan.slots, scratch.acc, scratch.stats,
-        ROWS=COMBINE_ROWS, num_warps=4 if main >= 512 else 1, **sizes,
+        ROWS=combined_rows, num_warps=4 if main >= 512 else 1, **sizes,
     )  # fmt: skip
     return out
-
-
-def _key_tiles(cache_layer: torch.Tensor, shape: DecodeShape, tiles: DecodeTiles) -> tuple[object, object]:
-    """Descriptors of [block_keys, ...] tiles of the keys' main and rest columns, or nothing of use."""
-    if not tiles.descriptors:
-        return cache_layer, cache_layer
-    rows = cache_layer[0].flatten(0, 2)
-    widths = (shape.value_dim // tiles.parts, shape.dim - shape.value_dim)
-    main, rest = (TensorDescriptor.from_tensor(rows, [tiles.block_keys, width]) for width in widths)
-    return main, rest
 
 
 def decode_attention_reference(
@@ -142,8 +129,6 @@ def _checked_shape(
         raise ValueError(f"tiles {tiles} do not fit the plan's {plan.splits}")
     if not (q.is_contiguous() and cache_layer[0].is_contiguous() and block_table.stride(1) == 1):
         raise ValueError("q, cache_layer and the rows of block_table must be contiguous")
-    if tiles.descriptors and not (shape.latent and page_size >= tiles.block_keys):
-        raise ValueError(f"descriptors are for latents in pages of at least {tiles.block_keys} tokens: {shape}")
     return shape
 
 
@@ -260,10 +245,10 @@ def _load_pages(block_table, start, stop, PAGE: tl.constexpr, BLOCK_KEYS: tl.con
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
-    q, cache, key_tiles, rest_tiles, block_table, first, stop, length, last_seen, kv_head, scale, plane_stride,
+    q, cache, block_table, first, stop, length, last_seen, kv_head, scale, plane_stride,
     KV_HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, REST: tl.constexpr, LATENT: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, PARTS: tl.constexpr, KEYS_FIRST: tl.constexpr,
-    FRONT_STEP: tl.constexpr, FRONT: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr, TMA: tl.constexpr,
+    FRONT_STEP: tl.constexpr, FRONT: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Attend over positions `first` to `stop`, whole splits of one slot: the fold of their results."""
     DIM: tl.constexpr = VALUE_DIM + REST
@@ -272,25 +257,7 @@ def _attend(  # type: ignore[no-untyped-def]
     all_top, all_total, all_acc = top, total, acc
     # Carried from one tile to the next: a page number loaded where it is used would cost the pipeline its depth.
     next_pages = _load_pages(block_table, first, stop, PAGE, BLOCK_KEYS)
-    whole = first
-    if TMA:
-        whole = first + tl.maximum(stop - first, 0) // BLOCK_KEYS * BLOCK_KEYS
-        for start in range(first, whole, BLOCK_KEYS):
-            key_row = ((next_pages * KV_HEADS + kv_head) * PAGE + start % PAGE).to(tl.int32)
-            next_pages = _load_pages(block_table, start + BLOCK_KEYS, stop, PAGE, BLOCK_KEYS)
-            keys: tl.tuple = ()
-            for part in tl.static_range(PARTS):
-                keys += (key_tiles.load([key_row, part * (VALUE_DIM // PARTS)]),)
-            if REST:
-                keys += (rest_tiles.load([key_row, VALUE_DIM]),)
-            position = start + key
-            visible = (position[:, None] if KEYS_FIRST else position[None, :]) <= _beside(last_seen, KEYS_FIRST)
-            top, total, acc = _tile(q, keys, keys, visible, scale, top, total, acc, KEYS_FIRST, UPCAST)
-            step = tl.where(start < FRONT, FRONT_STEP, STEP)
-            if ((start + BLOCK_KEYS) % step == 0) | (start + BLOCK_KEYS >= stop):
-                all_top, all_total, all_acc = _fold(all_top, all_total, all_acc, top, total, acc, KEYS_FIRST)
-                top, total, acc = _no_sum(BLOCK_ROWS, VALUE_DIM, PARTS, KEYS_FIRST)
-    for start in range(whole, stop, BLOCK_KEYS):
+    for start in range(first, stop, BLOCK_KEYS):
         pages = next_pages
         next_pages = _load_pages(block_table, start + BLOCK_KEYS, stop, PAGE, BLOCK_KEYS)
         position = start + key
@@ -313,12 +280,12 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["table_stride"])  # type: ignore[untyped-decorator]
 def _decode_kernel(  # type: ignore[no-untyped-def]
-    q, cache, key_tiles, rest_tiles, block_table, lengths, out, order, boundaries, slot_plans, partial, stats,
+    q, cache, block_table, lengths, out, order, boundaries, slot_plans, partial, stats,
     scale, plane_stride, table_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, Q_LEN: tl.constexpr, VALUE_DIM: tl.constexpr, REST: tl.constexpr,
     LATENT: tl.constexpr, PAGE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     PARTS: tl.constexpr, KEYS_FIRST: tl.constexpr, FRONT_STEP: tl.constexpr, FRONT: tl.constexpr,
-    STEP: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr, PREFETCHED: tl.constexpr, TMA: tl.constexpr,
+    STEP: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr, PREFETCHED: tl.constexpr,
 ):  # fmt: skip
     """Program (lane, p) computes run p of the plan for one KV head's block of rows."""
     if PDL:
@@ -360,10 +327,10 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
             start = split_start(part, FRONT_STEP, FRONT, STEP)
             part_stop = tl.where(begin == 0, stop, split_start(part + 1, FRONT_STEP, FRONT, STEP))
             total, top, acc = _attend(
-                q_parts, cache, key_tiles, rest_tiles, block_table + slot * table_stride, start,
+                q_parts, cache, block_table + slot * table_stride, start,
                 tl.minimum(part_stop, stop), length, length - Q_LEN + query, kv_head, scale, plane_stride,
                 KV_HEADS, VALUE_DIM, REST, LATENT, PAGE, BLOCK_ROWS, BLOCK_KEYS, PARTS, KEYS_FIRST,
-                FRONT_STEP, FRONT, STEP, UPCAST, TMA,
+                FRONT_STEP, FRONT, STEP, UPCAST,
             )  # fmt: skip
             if (begin == 0) & (folded == splits):
                 for i in tl.static_range(PARTS):

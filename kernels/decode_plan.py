@@ -77,11 +77,11 @@ class DecodeShape:
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """How a layer is cut into programs. All but `programs_per_sm`, `descriptors` and `pdl` may change bits.
+    """How a layer is cut into programs. All but `programs_per_sm` and `pdl` may change bits.
 
-    Tiles are `block_rows` (query, head) pairs by `block_keys` keys, which come through `descriptors` where latents
-    allow it. `pdl` overlaps both kernels' starts with the ends of those in front of them (programmatic dependent
-    launch): then plan, lengths and block table must have been written before the kernel in front began.
+    Tiles are `block_rows` (query, head) pairs by `block_keys` keys, whose columns come in `parts`. `pdl` overlaps both
+    kernels' starts with the ends of those in front of them (programmatic dependent launch): then plan, lengths and
+    block table must have been written before the kernel in front began.
     """
 
     block_rows: int = 16
@@ -92,7 +92,6 @@ class DecodeTiles:
     programs_per_sm: int = 1
     pdl: bool = False
     splits: SplitTable = SplitTable()
-    descriptors: bool = False
     parts: int = 1
 
     def lanes(self, shape: DecodeShape) -> int:
@@ -105,17 +104,16 @@ class DecodeTiles:
 
 
 def choose_tiles(shape: DecodeShape, slots: int, deterministic: bool = False) -> DecodeTiles:
-    """The tiles for `shape` and a capacity of `slots`, or for any. Measured on an H100; docs/LOG.md has the runners-up.
+    """The tiles for `shape` and a capacity of `slots`. Measured on an H100; docs/LOG.md has the runners-up.
 
     MLA's partial results are as wide as four tokens' latents, so that many slots want long splits; few want short ones,
-    which keep all processors busy. What the split table changes is the last bits, between capacities.
+    which keep all processors busy. What the split table changes is the last bits, between capacities: `deterministic`
+    tiles have one table for all.
     """
     if not shape.latent:
         return DecodeTiles(16 if shape.rows <= 16 else 32, keys_first=True, programs_per_sm=2)
-    if deterministic:
-        splits = SplitTable(256, 0, 256)
-    else:
-        splits = SplitTable() if slots <= 16 else SplitTable(256, 0, 256) if slots <= 64 else SplitTable(512, 0, 512)
+    middle = deterministic or 16 < slots <= 64
+    splits = SplitTable(256, 0, 256) if middle else SplitTable() if slots <= 16 else SplitTable(512, 0, 512)
     parts = 4 if shape.value_dim >= 256 else 1
     return DecodeTiles(num_warps=8, pdl=True, splits=splits, parts=parts)
 

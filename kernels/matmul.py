@@ -34,15 +34,14 @@ class MatmulTiles:
 
 FEW_ROWS = 256  # up to which products of heads are faster here than torch's
 GATE = MatmulTiles(16, 64, 256, 8)  # a router's few columns
-FIXED = MatmulTiles(64, 128, 64, 1, stages=4)  # for any number of rows, where all must come to the same bits
-FIXED_HEADS = MatmulTiles(64, 64, 128, 1, warps=8, stages=2)
+FIXED = MatmulTiles(64, 64, 128, 1, stages=4)  # for bits that may not depend on the number of rows
 
 
-def choose_tiles(rows: int, width: int) -> MatmulTiles | None:
-    """The tiles for `rows` rows of `width` numbers; None where torch's product is faster. Measured on an H100."""
-    if rows > 64:
-        return None
-    return MatmulTiles(16, 64, 512, triton.cdiv(width, 512)) if rows <= 16 else MatmulTiles(64, 64, 128, 2, stages=4)
+def choose_tiles(rows: int, columns: int, width: int) -> MatmulTiles | None:
+    """The tiles for `rows` rows; None where torch's product is as fast. Measured on an H100; see docs/LOG.md."""
+    if rows <= 16:
+        return MatmulTiles(16, 64, 512, triton.cdiv(width, 512))
+    return MatmulTiles(64, 64, 128, 1, stages=5) if rows <= 64 and columns <= 2048 else None
 
 
 def headwise_tiles(rows: int, width: int) -> MatmulTiles:
@@ -52,44 +51,38 @@ def headwise_tiles(rows: int, width: int) -> MatmulTiles:
     return MatmulTiles(32, 64, 512, 1, warps=8, stages=2) if rows <= 128 else MatmulTiles(64, 64, 512, 1, 8, 2)
 
 
+def product(x: torch.Tensor, weight: torch.Tensor, tiles: MatmulTiles = FIXED) -> torch.Tensor:
+    """x @ weight^T [rows, out] in x's dtype, by tiles of one split. Raises ValueError for others."""
+    if tiles.splits != 1:
+        raise ValueError(f"a product needs tiles of one split: {tiles}")
+    return product_terms(x, weight, tiles, x.dtype)[0]
+
+
 def product_terms(
-    x: torch.Tensor, weight: torch.Tensor, tiles: MatmulTiles, dtype: torch.dtype | None = None
+    x: torch.Tensor, weight: torch.Tensor, tiles: MatmulTiles, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Terms [splits, rows, out] float32 whose sum is x @ weight^T; with one split, the product in `dtype`, or x's.
+    """Terms [splits, rows, out] of `dtype` whose sum is x @ weight^T.
 
     `x` [rows, in], whose rows may be apart, and `weight` [out, in], contiguous, of one dtype.
     """
-    return headwise_terms(x.unsqueeze(1), weight.unsqueeze(0), tiles, dtype=dtype).squeeze(2)
+    columns = len(weight)
+    out = torch.empty(_splits(tiles, x.shape[-1]), len(x), 1, columns, dtype=dtype, device=x.device)
+    headwise_terms(x.unsqueeze(1), weight.unsqueeze(0), tiles, out)
+    return out.squeeze(2)
 
 
-def fixed_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x @ weight^T [rows, out] in x's dtype: a row's bits are the same in any place among any number of rows."""
-    return product_terms(x, weight, FIXED).squeeze(0)
+def headwise_terms(x: torch.Tensor, weight: torch.Tensor, tiles: MatmulTiles, out: torch.Tensor) -> None:
+    """The same for each head: `x` [rows, heads, in] by `weight` [heads, out, in] into `out` [splits, rows, heads, out].
 
-
-def headwise_terms(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    tiles: MatmulTiles,
-    out: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """The same for each head: `x` [rows, heads, in] and `weight` [heads, out, in] -> [splits, rows, heads, out].
-
-    Only the last dimension of x has to be contiguous, and of `out`, where the terms go if it is given. Raises
-    ValueError for tensors that do not fit together.
+    Only the last dimensions of x and out have to be contiguous. Raises ValueError for tensors that do not fit together.
     """
     (rows, heads, width), (_, columns, _) = x.shape, weight.shape
     if weight.shape != (heads, columns, width) or x.dtype != weight.dtype:
         raise ValueError(f"x {x.dtype} {tuple(x.shape)} does not fit a weight {weight.dtype} {tuple(weight.shape)}")
     if x.stride(2) != 1 or not weight.is_contiguous():
         raise ValueError("the last dimension of x and all of weight must be contiguous")
-    blocks = triton.cdiv(width, tiles.block_k)
-    splits = min(tiles.splits, blocks)
-    steps = triton.cdiv(blocks, splits)
-    if out is None:
-        dtype = dtype or x.dtype if splits == 1 else torch.float32
-        out = torch.empty(splits, rows, heads, columns, dtype=dtype, device=x.device)
+    splits = _splits(tiles, width)
+    steps = triton.cdiv(triton.cdiv(width, tiles.block_k), splits)
     tma = steps > 1 and heads == 1 and width * x.itemsize % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0
     x_tiles = TensorDescriptor.from_tensor(x[:, 0], [tiles.block_m, tiles.block_k]) if tma else x
     weight_tiles = TensorDescriptor.from_tensor(weight[0], [tiles.block_n, tiles.block_k]) if tma else weight
@@ -100,10 +93,13 @@ def headwise_terms(
             x.stride(0), x.stride(1), out.stride(0), out.stride(1), out.stride(2),
             N=columns, K=width, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
             STEPS=steps, TMA=tma, UPCAST=INTERPRETING and x.dtype != torch.float32,
-            PDL=not INTERPRETING, launch_pdl=not INTERPRETING,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            PDL=not INTERPRETING, launch_pdl=not INTERPRETING, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
-    return out
+
+
+def _splits(tiles: MatmulTiles, width: int) -> int:
+    """No more splits than blocks of K."""
+    return min(tiles.splits, -(-width // tiles.block_k))
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -24,7 +24,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from splitserve.kernels.launch import INTERPRETING, num_sms
 from splitserve.kernels.moe_gathered import gathered_gate_up
 from splitserve.kernels.moe_schedule import BlockSchedule, block_schedule
-from splitserve.kernels.prefetch import prefetch_l2
 from splitserve.kernels.rms_norm import Terms
 from splitserve.kernels.silu_and_mul import silu_and_mul
 
@@ -61,24 +60,15 @@ class ExpertTiles:
     gather: bool = False
 
 
-# For any number of rows, where all must come to the same bits.
-FIXED = ExpertTiles(
-    64,
-    GemmTile(64, 128, warps=4, stages=3, programs_per_sm=1, swap=True),
-    GemmTile(64, 128, warps=4, stages=3, programs_per_sm=2, swap=True),
-)
-
-
-def expert_tiles(rows: int, top_k: int, num_experts: int) -> ExpertTiles:
+def expert_tiles(rows: int, top_k: int, num_experts: int, deterministic: bool = False) -> ExpertTiles:
     """Tiles for a capacity of `rows`, by the slots that an expert can expect: rows * top_k / num_experts.
 
-    Measured on an H100; docs/LOG.md has the runners-up.
+    Measured on an H100; docs/LOG.md has the runners-up. `deterministic` tiles are the same for any capacity.
     """
-    expected = rows * top_k / num_experts
+    expected = 48 if deterministic else rows * top_k / num_experts
     if expected <= 48:
         block_m = 16 if expected < 12 else 32 if expected <= 32 else 64
-        # With three stages a program of the GEMM behind it fits beside it, and asks for its weights early.
-        gate_up = GemmTile(64, 128, warps=4, stages=5 if 2 <= expected < 12 else 3, programs_per_sm=1, swap=True)
+        gate_up = GemmTile(64, 128, warps=4, stages=5 if block_m == 16 else 3, programs_per_sm=1, swap=True)
         down = GemmTile(64, 128, warps=4, stages=4 if block_m < 64 else 3, programs_per_sm=2, swap=True)
         return ExpertTiles(block_m, gate_up, down)
     gate_up = GemmTile(128, 64, warps=8, stages=4, programs_per_sm=1)
@@ -244,7 +234,7 @@ def _down(
     parts = act.new_empty(num_choices, hidden)
     grid = (min(sms * tile.programs_per_sm, schedule.max_blocks * triton.cdiv(hidden, tile.block_n)),)
     _down_kernel[grid](
-        _tiled(act, tiles.block_m, tile), _tiled(down, tile.block_n, tile), down, parts,
+        _tiled(act, tiles.block_m, tile), _tiled(down, tile.block_n, tile), parts,
         schedule.slots, schedule.experts, schedule.num_blocks,
         HIDDEN=hidden, WIDTH=width, **_options(act, tiles, tile),
     )  # fmt: skip
@@ -285,11 +275,10 @@ def _multiply_add(tokens, weights, acc, SWAP: tl.constexpr, UPCAST: tl.constexpr
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _place(tile, blocks, n_tiles, SWAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The tile's block and strip. Few slots: strips of all experts side by side, and blocks that share one. Many: a
-    block's strips side by side, which share its tokens."""
-    if SWAP:
-        return tile % tl.maximum(blocks, 1), tile // tl.maximum(blocks, 1)
-    return tile // n_tiles, tile % n_tiles
+    """The tile's block and strip. A block's strips go side by side; with many small blocks, the blocks of a strip do,
+    so that blocks of one expert read its weights together."""
+    across = SWAP & (blocks > 16)
+    return tl.where(across, tile % blocks, tile // n_tiles), tl.where(across, tile // blocks, tile % n_tiles)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -328,21 +317,16 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _down_kernel(  # type: ignore[no-untyped-def]
-    act, down, down_weights, parts, slots, block_experts, num_blocks,
+    act, down, parts, slots, block_experts, num_blocks,
     HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SWAP: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    n_tiles: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
-    blocks = tl.load(num_blocks)  # before the wait: the gate_up GEMM in front waited for the schedule itself
     if PDL:
-        if SWAP and (blocks * n_tiles <= tl.num_programs(0)) & (tl.program_id(0) < blocks * n_tiles):
-            block, column = _place(tl.program_id(0), blocks, n_tiles, SWAP)
-            row = tl.minimum(column * BLOCK_N + tl.arange(0, BLOCK_N), HIDDEN - 1)
-            row += tl.load(block_experts + block) * HIDDEN
-            prefetch_l2(down_weights + row.to(tl.int64) * WIDTH, WIDTH * 2)
         gdc_wait()
         gdc_launch_dependents()
+    n_tiles: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
+    blocks = tl.load(num_blocks)
     for tile in tl.range(tl.program_id(0), blocks * n_tiles, tl.num_programs(0)):
         block, column = _place(tile, blocks, n_tiles, SWAP)
         column *= BLOCK_N

@@ -68,7 +68,7 @@ def linear(
     `fixed`: on a GPU a row's bits do not depend on how many rows there are, as on a CPU they never do.
     """
     if fixed and x.is_cuda:
-        product = matmul.fixed_product(x, weight)
+        product = matmul.product(x, weight)
         return product if bias is None else product.add_(bias)
     if weight.is_mkldnn:
         packed: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -108,7 +108,7 @@ class Linear:
     def terms(self, x: torch.Tensor) -> torch.Tensor | Terms:
         """The same for a reader that adds terms up itself, where that is faster."""
         splits = x.is_cuda and self.bias is None and not self._fixed
-        tiles = matmul.choose_tiles(len(x), x.shape[1]) if splits else None
+        tiles = matmul.choose_tiles(len(x), *self.weight.shape) if splits else None
         return self(x) if tiles is None else Terms(matmul.product_terms(x, self.weight, tiles))
 
 
@@ -137,7 +137,7 @@ class HeadwiseLinear:
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """`x` [tokens, heads, in] into `out` [tokens, heads, out], which may be part of wider heads."""
         if x.is_cuda and (self._fixed or len(x) <= matmul.FEW_ROWS):
-            tiles = matmul.FIXED_HEADS if self._fixed else matmul.headwise_tiles(len(x), x.shape[2])
+            tiles = matmul.FIXED if self._fixed else matmul.headwise_tiles(len(x), x.shape[2])
             matmul.headwise_terms(x, self.weight, tiles, out.unsqueeze(0))
             return
         if x.is_cuda:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from splitserve.kernels import matmul
-from splitserve.kernels.moe_experts import FIXED, routed_experts, routed_terms
+from splitserve.kernels.moe_experts import expert_tiles, routed_experts, routed_terms
 from splitserve.kernels.moe_routing import Routing, route
 from splitserve.kernels.rms_norm import Terms
 from splitserve.kernels.silu_and_mul import silu_and_mul
@@ -97,7 +97,7 @@ class MixtureOfExperts:
             logits = _gate_scores(x, self._gate, self._fixed)
             weights, chosen = route(logits, self._bias, self._routing, self._shared_choices)
             experts, live = (x, weights, chosen, self._gate_up, self._down), sequences.live_rows(len(x))
-            tiles = FIXED if self._fixed else None
+            tiles = expert_tiles(len(x), chosen.shape[1], len(self._down), self._fixed)
             if self._tp.size == 1:
                 return routed_terms(*experts, live, tiles=tiles)
             routed = routed_experts(*experts, live, first_expert=self._experts.start, tiles=tiles)

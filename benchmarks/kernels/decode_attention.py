@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.kernels.timing import graph_us
+from benchmarks.rows import Figure, Row, write
 from splitserve.kernels.decode_attention import decode_attention, decode_attention_reference
 from splitserve.kernels.decode_plan import (
     DecodeShape,
@@ -57,23 +58,26 @@ FEW = [Case(8, 1024), Case(256, 1024), Case(64, 4096)]
 
 
 def tiles(*variants: str) -> list[DecodeTiles]:
-    """ "r16 k64 w4 s2 p1" and so on: rows, keys, warps, stages, programs an SM; `kf` (keys first), `pdl` may follow."""
+    """ "r16 k64 w4 s2 p1" and so on: rows, keys, warps, stages, programs an SM; `kf` (keys first), `pdl`, `x4` (parts)
+    may follow."""
     found = []
     for words in (variant.split() for variant in variants):
         rows, keys, warps, stages, programs = (int(word[1:]) for word in words[:5])
-        found.append(DecodeTiles(rows, keys, "kf" in words, warps, stages, programs, "pdl" in words))
+        parts = 4 if "x4" in words else 1
+        found.append(DecodeTiles(rows, keys, "kf" in words, warps, stages, programs, "pdl" in words, parts=parts))
     return found
 
 
 def name(tile: DecodeTiles) -> str:
     table = tile.splits
     words = f"r{tile.block_rows} k{tile.block_keys} w{tile.num_warps} s{tile.num_stages} p{tile.programs_per_sm}"
-    words += " kf" * tile.keys_first + " pdl" * tile.pdl
+    words += " kf" * tile.keys_first + " pdl" * tile.pdl + f" x{tile.parts}" * (tile.parts > 1)
     return f"{words} {table.front_step}/{table.front}/{table.step}"
 
 
 LATENT = tiles(
-    "r16 k64 w4 s2 p1 kf", "r16 k32 w4 s3 p2", "r16 k64 w8 s2 p1 kf", "r16 k64 w8 s3 p1", "r16 k32 w8 s4 p1",
+    "r16 k64 w4 s2 p1 kf", "r16 k32 w4 s3 p2", "r16 k64 w8 s2 p1 kf", "r16 k64 w8 s3 p1",
+    "r16 k64 w8 s3 p1 x4", "r16 k32 w8 s4 p1",
     "r16 k32 w4 s4 p1", "r16 k32 w4 s2 p2", "r16 k16 w4 s5 p2", "r16 k64 w8 s2 p1", "r16 k32 w8 s5 p1",
 )  # fmt: skip
 TABLES = [SplitTable(256, 0, 256), SplitTable(128, 0, 128), SplitTable(128, 1024, 512), SplitTable(512, 0, 512)]
@@ -94,7 +98,8 @@ class Bench:
         self.sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count
         self.best: dict[tuple[str, str], tuple[float, float, DecodeTiles]] = {}
         half = self.pool.numel() // 2
-        seconds = graph_us(lambda: self.pool[:half].copy_(self.pool[half : 2 * half]), 1) / 1e6
+        source, target = self.pool[:half].view(torch.float32), self.pool[half : 2 * half].view(torch.float32)
+        seconds = graph_us(lambda: target.copy_(source), 1) / 1e6
         self.copy_gb = 4 * half / seconds / 1e9
 
     def run(self, label: str, shape: DecodeShape, variants: Iterable[DecodeTiles], cases: list[Case]) -> None:
@@ -191,6 +196,8 @@ class Bench:
         for (label, case), (micros, kv_bytes, tile) in self.best.items():
             rate = kv_bytes / micros / 1e3
             print(f"{label:22}{case:>10}{micros:9.1f}{rate:8.0f}{rate / self.copy_gb:7.2f}  {name(tile)}")
+            figure, title = Figure.of([rate]), f"decode attention {label} {case}"
+            write([Row("kernels", title, "bandwidth", "GB/s", figure, "copy", self.copy_gb, "higher")])
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ import torch
 import triton
 
 from benchmarks.kernels.timing import graph_us
+from benchmarks.rows import Figure, Row, write
 from splitserve.kernels import moe_experts
 from splitserve.kernels.launch import num_sms
 from splitserve.kernels.moe_experts import ExpertTiles, GemmTile, expert_tiles, routed_experts, routed_experts_reference
@@ -288,7 +289,8 @@ def ceilings() -> float:
     """GB/s of a copy, read + write; prints it beside reading alone and the product of large matrices."""
     source = torch.ones(1 << 29, device=DEVICE, dtype=torch.bfloat16)
     target = torch.empty_like(source)
-    copied = 2 * source.nbytes / graph_us(lambda: target.copy_(source)) / 1e3
+    wide_target, wide_source = target.view(torch.float32), source.view(torch.float32)
+    copied = 2 * source.nbytes / graph_us(lambda: wide_target.copy_(wide_source)) / 1e3
     wide = source.view(torch.int32)
     read = source.nbytes / graph_us(lambda: wide.max()) / 1e3
     a, b = source[: 1 << 26].view(8192, 8192).normal_(), target[: 1 << 26].view(8192, 8192).normal_()
@@ -330,6 +332,9 @@ def layer_lines(layer: Layer, sweep: Sweep, rows: int, copied: float, routings: 
             yield f"{rows:5} {label:8} {_short(problem)}"
             continue
         gbps, peer = weight_bytes / us / 1e3, shape.peer_us.get(rows, 0.0)
+        if label == "default" and rows <= 256:
+            case = f"routed experts hidden={shape.hidden} experts={shape.experts} rows={rows}"
+            write([Row("kernels", case, "bandwidth", "GB/s", Figure.of([gbps]), "copy", copied, "higher")])
         tflops = rows * shape.top_k * 3 * (shape.bytes("down")) / us / 1e6
         yield (
             f"{rows:5} {label:8} {touched:5.1f} {us:8.1f} {gbps:6.0f} {gbps / copied:6.3f} {tflops:6.0f} {wrong:7.4f} "

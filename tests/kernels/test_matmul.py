@@ -7,12 +7,13 @@ import torch
 
 from splitserve.kernels.launch import INTERPRETING
 from splitserve.kernels.matmul import (
+    FIXED,
     GATE,
     MatmulTiles,
     choose_tiles,
-    fixed_product,
     headwise_terms,
     headwise_tiles,
+    product,
     product_terms,
 )
 
@@ -34,9 +35,9 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize(("rows", "columns", "width"), [(1, 64, 256), (5, 70, 96), (17, 130, 64), (3, 16, 200)])
 def test_product(dtype: torch.dtype, tiles: MatmulTiles, rows: int, columns: int, width: int) -> None:
     x, weight = random(rows, width + 8, dtype=dtype)[:, :width], random(columns, width, dtype=dtype, seed=1)
-    terms = product_terms(x, weight, tiles)
-    assert terms.dtype == (torch.float32 if len(terms) > 1 else dtype)
-    close(terms.sum(0) if len(terms) > 1 else terms[0], x.double() @ weight.double().T)
+    expected = x.double() @ weight.double().T
+    close(product_terms(x, weight, tiles).sum(0), expected)
+    close(product(x, weight), expected)
 
 
 @pytest.mark.parametrize("rows", [1, 20])
@@ -58,6 +59,8 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             product_terms(left, right, ONE_STEP)
+    with pytest.raises(ValueError, match="one split"):
+        product(x, weight, ONE_STEP)
 
 
 @pytest.mark.gpu
@@ -65,24 +68,26 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize(("columns", "width"), [(3648, 2048), (2048, 2048), (64, 2048), (2048, 1408)])
 def test_tiles_for_real_shapes(rows: int, columns: int, width: int) -> None:
     x, weight = random(rows, width, dtype=torch.bfloat16), random(columns, width, dtype=torch.bfloat16, seed=1)
-    tiles = choose_tiles(rows, width)
-    assert tiles is not None
-    for chosen in (tiles, GATE):
+    for chosen in (choose_tiles(rows, columns, width) or FIXED, GATE):
         close(product_terms(x, weight, chosen).sum(0), x.double() @ weight.double().T)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 64, 150])
-def test_fixed_product(dtype: torch.dtype, rows: int) -> None:
-    x, weight = random(rows, 200, dtype=dtype), random(70, 200, dtype=dtype, seed=1)
-    close(fixed_product(x, weight), x.double() @ weight.double().T)
+@pytest.mark.gpu
+@pytest.mark.parametrize(("columns", "width"), [(3648, 2048), (64, 2048), (2048, 10944), (512, 128)])
+def test_a_row_has_the_same_bits_among_any_number(columns: int, width: int) -> None:
+    x, weight = random(8192, width, dtype=torch.bfloat16), random(columns, width, dtype=torch.bfloat16, seed=1)
+    for tiles in (FIXED, GATE):
+        expected = product_terms(x, weight, tiles)
+        for first, rows in ((0, 1), (7, 16), (100, 64), (5000, 256), (3000, 1000)):
+            assert torch.equal(product_terms(x[first : first + rows], weight, tiles), expected[:, first : first + rows])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("columns", "width"), [(3648, 2048), (2048, 2048), (4096, 512)])
-def test_a_row_of_a_fixed_product_is_the_same_anywhere(columns: int, width: int) -> None:
-    x, weight = random(3000, width, dtype=torch.bfloat16), random(columns, width, dtype=torch.bfloat16, seed=1)
-    whole = fixed_product(x, weight)
-    close(whole, x.double() @ weight.double().T)
-    for first, last in ((0, 1), (5, 22), (1000, 1256), (2999, 3000), (7, 3000)):
-        assert torch.equal(fixed_product(x[first:last], weight), whole[first:last])
+def test_a_head_has_the_same_bits_among_any_number_of_rows() -> None:
+    x, weight = random(3000, 16, 512, dtype=torch.bfloat16), random(16, 128, 512, dtype=torch.bfloat16, seed=1)
+    expected = torch.empty(1, 3000, 16, 128, device=DEVICE, dtype=torch.bfloat16)
+    headwise_terms(x, weight, FIXED, expected)
+    for first, rows in ((0, 1), (9, 16), (70, 256)):
+        out = torch.empty_like(expected[:, :rows])
+        headwise_terms(x[first : first + rows], weight, FIXED, out)
+        assert torch.equal(out, expected[:, first : first + rows])

@@ -217,3 +217,15 @@ def test_one_graph_serves_any_number_of_live_rows(v2_lite: tuple[torch.Tensor, t
         graph.replay()
         assert torch.equal(out[:rows], full[:rows])
         assert not out[rows:].any()
+
+
+@pytest.mark.gpu
+def test_deterministic_tiles_give_a_row_the_same_bits_among_any_number() -> None:
+    x, weights, chosen, gate_up, down = layer(2000, 6, 16, 512, 256, torch.bfloat16)
+    tiles = expert_tiles(2000, 6, 16, deterministic=True)
+    expected = routed_experts(x, weights, chosen, gate_up, down, live(2000), tiles=tiles)
+    for first, rows in ((0, 1), (3, 16), (50, 64), (700, 256)):
+        part = slice(first, first + rows)
+        tiles = expert_tiles(rows, 6, 16, deterministic=True)
+        found = routed_experts(x[part], weights[part], chosen[part], gate_up, down, live(rows), tiles=tiles)
+        assert torch.equal(found, expected[part])

@@ -43,3 +43,13 @@ def test_triton_routes_alike(device: str, rule: Routing, experts: int, shared: i
     weights, chosen = triton_route(logits.to(device), on_device, rule, shared)
     assert torch.equal(chosen.cpu(), expected_ids)
     torch.testing.assert_close(weights.cpu(), expected, atol=1e-6, rtol=1e-5)
+
+
+@devices
+def test_logits_may_be_terms_of_a_sum(device: str) -> None:
+    terms = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
+    rule = Routing(2, "softmax", 1, 1, normalise=True, scale=1.0)
+    weights, chosen = triton_route(terms.to(device), None, rule)
+    expected, expected_ids = route(terms.sum(0), None, rule)
+    assert torch.equal(chosen.cpu(), expected_ids)
+    torch.testing.assert_close(weights.cpu(), expected)

@@ -11,7 +11,7 @@ import torch
 from splitserve.kernels.kv_write import triton_write_kv, write_kv
 from splitserve.kernels.latent_queries import latent_queries, latent_queries_reference
 from splitserve.kernels.latent_write import triton_write_latent, write_latent
-from splitserve.kernels.rms_norm import add_rms_norm, rms_norm, triton_rms_norm
+from splitserve.kernels.rms_norm import Terms, add_rms_norm, rms_norm, triton_rms_norm
 from splitserve.kernels.rope import apply_rope, apply_rope_interleaved, triton_rope
 from splitserve.kernels.silu_and_mul import silu_and_mul, triton_silu_and_mul
 from splitserve.models.config import RopeConfig
@@ -110,3 +110,25 @@ def test_latent_queries(device: str, dtype: torch.dtype, terms: int) -> None:
     q, latent = torch.split(wide, [3 * 48, 56], dim=-1)
     close(queries, latent_queries_reference(q, latent, absorb, norm, 1e-5, *angles, cache, slots))
     close(written, cache)
+
+
+@devices
+@dtypes
+@pytest.mark.parametrize("weighted", [False, True])
+def test_terms_are_added_in_the_norm(device: str, dtype: torch.dtype, weighted: bool) -> None:
+    values, residual = random(3, 5, 96, dtype=dtype) / 8, random(5, 96, dtype=dtype, seed=1)
+    gain = random(96, dtype=dtype) / 4
+    weights = random(5, 3, dtype=torch.float32, seed=2) if weighted else None
+    live = torch.tensor([4], dtype=torch.int32) if weighted else None
+    if weighted:
+        values[:, 4] = torch.nan  # a row that is not live may hold anything
+    terms = Terms(values, weights, live)
+    moved = (None if each is None else each.to(device) for each in (weights, live))
+    on_device = residual.to(device, copy=True)
+    normed = triton_rms_norm(Terms(values.to(device), *moved), on_device, gain.to(device), 1e-5)
+    if weighted:
+        assert values[:, :4].isfinite().all()
+        terms = Terms(values.nan_to_num(0.0), weights, live)
+    expected, total = add_rms_norm(terms, residual, gain, 1e-5)
+    close(on_device, total)
+    close(normed, expected)
