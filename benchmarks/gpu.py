@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 MODULES = (
+    "benchmarks.gpu_start",
     "benchmarks.gpu_decode",
     "benchmarks.gpu_prefill",
     "benchmarks.gpu_serve",

@@ -22,7 +22,7 @@ from splitserve.kernels.moe_routing import Routing, route
 
 VLLM_MS = {1: 3.81, 8: 8.60, 32: 12.92, 64: 14.11, 128: 15.28, 256: 17.62}
 BATCHES = (1, 3, 8, 17, 32, 48, 64, 65, 128, 129, 200, 256)
-CONTEXT, STEPS = 1024, 60
+CONTEXT, STEPS = 1024, 40
 TOPOLOGY = {
     "name": "bench",
     "model": {"path": "deepseek-v2-lite", "dtype": "bfloat16", "load_format": "dummy", "context": 9216},
@@ -45,7 +45,6 @@ def main() -> None:
     options = parser.parse_args()
     engine = EngineAlone(Topology.model_validate(TOPOLOGY))
     assert engine.loop is not None
-    report_start(engine, engine.loop)
     for batch in BATCHES:
         times = [seconds * 1e3 for seconds in engine.decode_s(batch, CONTEXT, STEPS)]
         report(batch, times, engine.loop)
@@ -58,18 +57,6 @@ def main() -> None:
 
 def case(batch: int) -> str:
     return f"v2lite-bf16 batch={batch}, context={CONTEXT}"
-
-
-def report_start(engine: EngineAlone, loop: DecodeLoop) -> None:
-    figures = {
-        ("ready", "s"): engine.ready_s,
-        ("capture", "s"): loop.capture_s,
-        ("graph memory", "MiB"): loop.memory_bytes / 2**20,
-    }
-    for (metric, unit), value in figures.items():
-        write(
-            [Row("graph", "v2lite-bf16 capacities=16,64,256", metric, unit, Figure.of([value]), "none", None, "lower")]
-        )
 
 
 def report(batch: int, times: list[float], loop: DecodeLoop) -> None:
