@@ -25,6 +25,16 @@ from splitserve.kernels.decode_plan import (
     split_count,
     split_start,
 )
+from splitserve.kernels.decode_tile import (
+    attend_tile,
+    beside,
+    fold,
+    load_parts,
+    load_rows,
+    no_sum,
+    normalised,
+    store_rows,
+)
 from splitserve.kernels.head_sizes import runs_on_gpu
 from splitserve.kernels.prefetch import prefetch_l2
 
@@ -133,106 +143,6 @@ def _checked_shape(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _dot(a, b, acc, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    if UPCAST:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _beside(x, KEYS_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One number a row [rows], to stand beside a tile [rows, n] or [n, rows]."""
-    return x[None, :] if KEYS_FIRST else x[:, None]
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _fold(top, total, acc, other_top, other_total, other_acc, KEYS_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Add a later split's result. Rounded as written: both kernels must come to the same bits."""
-    new_top = tl.maximum(top, other_top)
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    keep, add = tl.exp2(top - base), tl.exp2(other_top - base)
-    total = tl.fma(other_total, add, total * keep)
-    folded: tl.tuple = ()
-    for part in tl.static_range(len(acc)):
-        wide_add = tl.broadcast_to(_beside(add, KEYS_FIRST), acc[part].shape)
-        folded += (tl.fma(other_acc[part], wide_add, acc[part] * _beside(keep, KEYS_FIRST)),)
-    return new_top, total, folded
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _normalised(total, acc, KEYS_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
-    return acc / _beside(tl.where(total == 0.0, 1.0, total), KEYS_FIRST)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _scores(q, keys, KEYS_FIRST: tl.constexpr, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    first, second = (keys, q) if KEYS_FIRST else (q, keys)
-    return _dot(first, tl.trans(second), None, UPCAST)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _tile(  # type: ignore[no-untyped-def]
-    q, keys, values, visible, scale, top, total, acc, KEYS_FIRST: tl.constexpr, UPCAST: tl.constexpr
-):
-    """Online softmax over one tile of keys. A sum for each part of the columns: one alone would be a long chain."""
-    KEY_AXIS: tl.constexpr = 0 if KEYS_FIRST else 1
-    scores = _scores(q[0], keys[0], KEYS_FIRST, UPCAST)
-    for part in tl.static_range(1, len(q)):
-        more = _scores(q[part], keys[part], KEYS_FIRST, UPCAST)
-        scores = tl.fma(scores, tl.full(scores.shape, 1.0, tl.float32), more)  # a plain sum would join the chains again
-    scores = tl.where(visible, scores * scale, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, KEY_AXIS))
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(scores - _beside(base, KEYS_FIRST))
-    keep = tl.exp2(top - base)
-    total = tl.fma(total, keep, tl.sum(weights, KEY_AXIS))
-    weights = weights.to(values[0].dtype)
-    summed: tl.tuple = ()
-    for part in tl.static_range(len(acc)):
-        kept = acc[part] * _beside(keep, KEYS_FIRST)
-        if KEYS_FIRST:
-            summed += (_dot(tl.trans(values[part]), weights, kept, UPCAST),)
-        else:
-            summed += (_dot(weights, values[part], kept, UPCAST),)
-    return new_top, total, summed
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _no_sum(ROWS: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr, KEYS_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Maximum, sum and weighted values of no key at all."""
-    acc: tl.tuple = ()
-    for _ in tl.static_range(PARTS):
-        acc += (tl.zeros([DIM // PARTS, ROWS] if KEYS_FIRST else [ROWS, DIM // PARTS], tl.float32),)
-    return tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32), acc
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _store_rows(base, row, valid, acc, ROW_DIM: tl.constexpr, PART: tl.constexpr, KEYS_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Store part PART of the rows' columns."""
-    if KEYS_FIRST:
-        acc = tl.trans(acc)
-    column = PART * acc.shape[1] + tl.arange(0, acc.shape[1])
-    tl.store(base + row[:, None] * ROW_DIM + column[None, :], acc.to(base.dtype.element_ty), mask=valid[:, None])
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _load_rows(base, row, mask, ROW_DIM: tl.constexpr, FIRST: tl.constexpr, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
-    columns = FIRST + tl.arange(0, DIM)
-    return tl.load(base + row[:, None] * ROW_DIM + columns[None, :], mask=mask[:, None], other=0.0)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _load_parts(base, row, mask, ROW_DIM: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr, REST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The first DIM columns of `row`s in PARTS parts, and the REST behind them."""
-    loaded: tl.tuple = ()
-    for part in tl.static_range(PARTS):
-        loaded += (_load_rows(base, row, mask, ROW_DIM, part * (DIM // PARTS), DIM // PARTS),)
-    if REST:
-        loaded += (_load_rows(base, row, mask, ROW_DIM, DIM, REST),)
-    return loaded
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _load_pages(block_table, start, stop, PAGE: tl.constexpr, BLOCK_KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The page of the tile at `start`, or of each of its keys where pages are shorter than tiles."""
     if PAGE >= BLOCK_KEYS:
@@ -253,7 +163,7 @@ def _attend(  # type: ignore[no-untyped-def]
     """Attend over positions `first` to `stop`, whole splits of one slot: the fold of their results."""
     DIM: tl.constexpr = VALUE_DIM + REST
     key = tl.arange(0, BLOCK_KEYS)
-    top, total, acc = _no_sum(BLOCK_ROWS, VALUE_DIM, PARTS, KEYS_FIRST)
+    top, total, acc = no_sum(BLOCK_ROWS, VALUE_DIM, PARTS, KEYS_FIRST)
     all_top, all_total, all_acc = top, total, acc
     # Carried from one tile to the next: a page number loaded where it is used would cost the pipeline its depth.
     next_pages = _load_pages(block_table, first, stop, PAGE, BLOCK_KEYS)
@@ -265,16 +175,16 @@ def _attend(  # type: ignore[no-untyped-def]
         here = position < length
         base = cache + (pages * KV_HEADS + kv_head) * (PAGE * DIM) if PAGE >= BLOCK_KEYS else cache
         key_row = position % PAGE if PAGE >= BLOCK_KEYS else (pages * KV_HEADS + kv_head) * PAGE + position % PAGE
-        keys = _load_parts(base, key_row, here, DIM, VALUE_DIM, PARTS, REST)
+        keys = load_parts(base, key_row, here, DIM, VALUE_DIM, PARTS, REST)
         values = keys
         if not LATENT:
-            values = _load_parts(base + plane_stride, key_row, here, DIM, VALUE_DIM, PARTS, 0)
-        visible = (position[:, None] if KEYS_FIRST else position[None, :]) <= _beside(last_seen, KEYS_FIRST)
-        top, total, acc = _tile(q, keys, values, visible, scale, top, total, acc, KEYS_FIRST, UPCAST)
+            values = load_parts(base + plane_stride, key_row, here, DIM, VALUE_DIM, PARTS, 0)
+        visible = (position[:, None] if KEYS_FIRST else position[None, :]) <= beside(last_seen, KEYS_FIRST)
+        top, total, acc = attend_tile(q, keys, values, visible, scale, top, total, acc, KEYS_FIRST, UPCAST)
         step = tl.where(start < FRONT, FRONT_STEP, STEP)
         if ((start + BLOCK_KEYS) % step == 0) | (start + BLOCK_KEYS >= stop):
-            all_top, all_total, all_acc = _fold(all_top, all_total, all_acc, top, total, acc, KEYS_FIRST)
-            top, total, acc = _no_sum(BLOCK_ROWS, VALUE_DIM, PARTS, KEYS_FIRST)
+            all_top, all_total, all_acc = fold(all_top, all_total, all_acc, top, total, acc, KEYS_FIRST)
+            top, total, acc = no_sum(BLOCK_ROWS, VALUE_DIM, PARTS, KEYS_FIRST)
     return all_total, all_top, all_acc
 
 
@@ -320,7 +230,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         end = tl.where(place == last, last_split, splits)
         stop = tl.minimum(split_start(end, FRONT_STEP, FRONT, STEP), length)
         slot_row = slot * ALL_ROWS
-        q_parts = _load_parts(q + slot_row * DIM, row, valid, DIM, VALUE_DIM, PARTS, REST)
+        q_parts = load_parts(q + slot_row * DIM, row, valid, DIM, VALUE_DIM, PARTS, REST)
 
         # A program that starts the slot folds all its splits in one go; one that takes it over leaves each by itself.
         for part in range(begin, tl.where(begin == 0, tl.minimum(end, 1), end)):
@@ -334,15 +244,15 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
             )  # fmt: skip
             if (begin == 0) & (folded == splits):
                 for i in tl.static_range(PARTS):
-                    mean = _normalised(total, acc[i], KEYS_FIRST)
-                    _store_rows(out + slot_row * VALUE_DIM, row, valid, mean, VALUE_DIM, i, KEYS_FIRST)
+                    mean = normalised(total, acc[i], KEYS_FIRST)
+                    store_rows(out + slot_row * VALUE_DIM, row, valid, mean, VALUE_DIM, i, KEYS_FIRST)
             else:
                 unit = base_unit + start // FRONT_STEP
                 tl.store(stats + unit * (2 * ALL_ROWS) + row, top, mask=valid)
                 tl.store(stats + unit * (2 * ALL_ROWS) + ALL_ROWS + row, total, mask=valid)
                 unit_acc = partial + unit.to(tl.int64) * (ALL_ROWS * VALUE_DIM)
                 for i in tl.static_range(PARTS):
-                    _store_rows(unit_acc, row, valid, acc[i], VALUE_DIM, i, KEYS_FIRST)
+                    store_rows(unit_acc, row, valid, acc[i], VALUE_DIM, i, KEYS_FIRST)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -363,16 +273,16 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     if PDL:
         gdc_wait()
     if (folded < splits) | (splits == 0):
-        top, total, acc = _no_sum(ROWS, VALUE_DIM, 1, False)
+        top, total, acc = no_sum(ROWS, VALUE_DIM, 1, False)
         for split in tl.range(tl.maximum(folded - 1, 0), splits, loop_unroll_factor=4):
             start = split_start(split, FRONT_STEP, FRONT, STEP) // FRONT_STEP
             unit = base_unit + tl.where(split < folded, 0, start)
             split_stats = stats + unit * (2 * ALL_ROWS) + row
-            split_acc = _load_rows(
+            split_acc = load_rows(
                 partial + unit.to(tl.int64) * (ALL_ROWS * VALUE_DIM), row, valid, VALUE_DIM, 0, VALUE_DIM
             )
             split_top = tl.load(split_stats, mask=valid, other=float("-inf"))
             split_total = tl.load(split_stats + ALL_ROWS, mask=valid, other=0.0)
-            top, total, acc = _fold(top, total, acc, split_top, split_total, (split_acc,), False)
+            top, total, acc = fold(top, total, acc, split_top, split_total, (split_acc,), False)
         slot_out = out + slot * (ALL_ROWS * VALUE_DIM)
-        _store_rows(slot_out, row, valid, _normalised(total, acc[0], False), VALUE_DIM, 0, False)
+        store_rows(slot_out, row, valid, normalised(total, acc[0], False), VALUE_DIM, 0, False)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from splitserve.kernels import matmul
-from splitserve.kernels.moe_experts import expert_tiles, routed_experts, routed_terms
+from splitserve.kernels.moe_experts import routed_experts, routed_terms
 from splitserve.kernels.moe_routing import Routing, route
+from splitserve.kernels.moe_tiles import expert_tiles
 from splitserve.kernels.rms_norm import Terms
 from splitserve.kernels.silu_and_mul import silu_and_mul
 from splitserve.models.attention import Sequences

@@ -23,8 +23,9 @@ from benchmarks.kernels.timing import graph_us
 from benchmarks.rows import Figure, Row, write
 from splitserve.kernels import moe_experts
 from splitserve.kernels.launch import num_sms
-from splitserve.kernels.moe_experts import ExpertTiles, GemmTile, expert_tiles, routed_experts, routed_experts_reference
+from splitserve.kernels.moe_experts import routed_experts, routed_experts_reference
 from splitserve.kernels.moe_schedule import BlockSchedule, block_schedule
+from splitserve.kernels.moe_tiles import ExpertTiles, GemmTile, expert_tiles
 from splitserve.kernels.silu_and_mul import silu_and_mul
 
 DEVICE = torch.device("cuda")

@@ -8,14 +8,9 @@ import pytest
 import torch
 
 from splitserve.kernels.launch import INTERPRETING
-from splitserve.kernels.moe_experts import (
-    ExpertTiles,
-    GemmTile,
-    expert_tiles,
-    routed_experts,
-    routed_experts_reference,
-)
+from splitserve.kernels.moe_experts import routed_experts, routed_experts_reference
 from splitserve.kernels.moe_schedule import BlockSchedule, block_schedule, block_schedule_reference, max_blocks
+from splitserve.kernels.moe_tiles import ExpertTiles, GemmTile, expert_tiles
 
 DEVICE = "cpu" if INTERPRETING else "cuda"
 SMALL = GemmTile(block_n=32, block_k=32, warps=4, stages=2, programs_per_sm=1)

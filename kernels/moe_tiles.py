@@ -1,0 +1,51 @@
+"""How the routed experts' grouped GEMMs are cut, by how many slots an expert can expect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """How one grouped GEMM is cut. A program computes `block_n` columns of one block of slots at a time.
+
+    `swap` makes the weights the M operand of the MMA and the tokens the N operand: with few tokens that allows wgmma,
+    whose M is at least 64.
+    """
+
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    programs_per_sm: int
+    swap: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertTiles:
+    """Tiles of a layer's experts: `block_m` slots a block, both GEMMs, and whether kernels overlap their starts.
+
+    `gather` copies tokens into slots before the first GEMM (`kernels.moe_gathered`); same bits.
+    """
+
+    block_m: int
+    gate_up: GemmTile
+    down: GemmTile
+    pdl: bool = True
+    gather: bool = False
+
+
+def expert_tiles(rows: int, top_k: int, num_experts: int, deterministic: bool = False) -> ExpertTiles:
+    """Tiles for a capacity of `rows`, by the slots that an expert can expect: rows * top_k / num_experts.
+
+    Measured on an H100; docs/LOG.md has the runners-up. `deterministic` tiles are the same for any capacity.
+    """
+    expected = 48 if deterministic else rows * top_k / num_experts
+    if expected <= 48:
+        block_m = 16 if expected < 12 else 32 if expected <= 32 else 64
+        gate_up = GemmTile(64, 128, warps=4, stages=5 if block_m == 16 else 3, programs_per_sm=1, swap=True)
+        down = GemmTile(64, 128, warps=4, stages=4 if block_m < 64 else 3, programs_per_sm=2, swap=True)
+        return ExpertTiles(block_m, gate_up, down)
+    gate_up = GemmTile(128, 64, warps=8, stages=4, programs_per_sm=1)
+    down = GemmTile(256, 64, warps=8, stages=4, programs_per_sm=1)
+    return ExpertTiles(128, gate_up, down, pdl=False, gather=True)
