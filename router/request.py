@@ -14,6 +14,8 @@ from splitserve.router.detokenizer import Detokenizer
 from splitserve.router.output_buffer import Delta, OutputBuffer, SampleOutput
 from splitserve.router.timeline import Timeline, Timings
 
+LOST_RETRY_S = 0.05
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -139,8 +141,10 @@ class Request:
         self._output.fail(error)
 
     def lose(self, engine: str, reason: str) -> None:
-        """Fail if `engine`, which is gone, was still needed."""
-        if engine == self.placement.decode or (engine == self.placement.prefill and not self._joined):
+        """Fail if `engine`, which is gone, was still needed. If it was only asked for room, it has refused."""
+        if engine == self.placement.decode and self._reply is not None and not self._reply.done():
+            self.accept(Busy(self.id, self.attempt, LOST_RETRY_S))
+        elif engine == self.placement.decode or (engine == self.placement.prefill and not self._joined):
             self.fail(WorkerUnavailable(f"worker {engine} {reason}; send the request again"))
 
     async def chunk(self) -> Chunk:
