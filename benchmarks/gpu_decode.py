@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.kernels.timing import print_kernels
 from benchmarks.rows import Figure, Row, write
 from splitserve.cluster.topology import Topology
 from splitserve.decode_worker.device_loop import DecodeLoop
@@ -90,11 +91,7 @@ def show_kernels(engine: EngineAlone, batch: int) -> None:
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         engine.step()
         torch.cuda.synchronize()
-    kernels = sorted(trace.key_averages(), key=lambda kernel: -kernel.device_time_total)
-    total = sum(kernel.device_time_total for kernel in kernels)
-    print(f"batch {batch}: {total / 1e3:.2f} ms in {sum(kernel.count for kernel in kernels)} kernels")
-    for kernel in kernels[:24]:
-        print(f"  {kernel.device_time_total:9.1f} us {kernel.count:4} x {kernel.key[:90]}", flush=True)
+    print_kernels(case(batch), trace)
 
 
 if __name__ == "__main__":

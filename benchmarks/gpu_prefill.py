@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.kernels.timing import graph_us
+from benchmarks.kernels.timing import graph_us, print_kernels
 from benchmarks.rows import Figure, Row, write
 from splitserve.engine.batch import Batch
 from splitserve.engine.kv_cache import KvCache
@@ -127,11 +127,7 @@ def show_kernels(runner: PrefillRunner, batches: list[Batch]) -> None:
         for each in batches:
             runner.run(each)
         torch.cuda.synchronize()
-    kernels = sorted(trace.key_averages(), key=lambda kernel: -kernel.device_time_total)
-    total = sum(kernel.device_time_total for kernel in kernels)
-    print(f"{total / 1e3:.2f} ms in {sum(kernel.count for kernel in kernels)} kernels")
-    for kernel in kernels[:24]:
-        print(f"  {kernel.device_time_total:9.1f} us {kernel.count:4} x {kernel.key[:90]}", flush=True)
+    print_kernels("first batch", trace)
 
 
 if __name__ == "__main__":

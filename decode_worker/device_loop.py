@@ -155,7 +155,7 @@ class DecodeLoop:
         self._ring = {capacity: [_ResultBuffer(graph) for _ in range(RING)] for capacity, graph in self._graphs.items()}
         self._last: _ResultBuffer | None = None
         self.times: deque[StepTime] = deque(maxlen=1024)
-        self._next_step = 0
+        self.next_step = 0
         self.handlers: Handlers = {LaunchStep: self.launch}
         self.capture_s, self.memory_bytes = time.monotonic() - began, free - _free_memory(device)
         log.info(
@@ -175,9 +175,9 @@ class DecodeLoop:
     @torch.inference_mode()
     def launch(self, command: LaunchStep) -> PendingStep:
         """Enqueue a step. Raises ProtocolError when it is not the next one."""
-        if command.step != self._next_step:
-            raise ProtocolError(f"step {command.step} came where {self._next_step} was due")
-        self._next_step += 1
+        if command.step != self.next_step:
+            raise ProtocolError(f"step {command.step} came where {self.next_step} was due")
+        self.next_step += 1
         began = time.perf_counter()
         buffer, last = self._ring[command.capacity][command.step % RING], self._last
         buffer.begun.record()

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
+from torch.profiler import profile
+
+SHOWN = 24
 
 
 def graph_us(call: Callable[[], object], calls: int = 1, replays: int = 5) -> float:
@@ -25,3 +28,12 @@ def graph_us(call: Callable[[], object], calls: int = 1, replays: int = 5) -> fl
         if replay:
             samples.append(start.elapsed_time(end) * 1000 / calls)
     return median(samples)
+
+
+def print_kernels(title: str, trace: profile) -> None:
+    """The kernels that took longest, and how long all took."""
+    kernels = sorted(trace.key_averages(), key=lambda kernel: -kernel.device_time_total)
+    total = sum(kernel.device_time_total for kernel in kernels)
+    print(f"{title}: {total / 1e3:.2f} ms in {sum(kernel.count for kernel in kernels)} kernels")
+    for kernel in kernels[:SHOWN]:
+        print(f"  {kernel.device_time_total:9.1f} us {kernel.count:4} x {kernel.key[:90]}", flush=True)
