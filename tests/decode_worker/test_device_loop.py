@@ -27,7 +27,7 @@ SAMPLED = replace(GREEDY, temperature=0.9, top_p=0.9, seed=5, logprobs=2)
 PENALISED = replace(SAMPLED, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.2, n=2)
 BIASED = replace(GREEDY, logit_bias={7: 50.0, 9: 51.0, 11: -100.0}, logprobs=0)
 PARAMS = (GREEDY, SAMPLED, PENALISED, BIASED)
-SETTINGS = Settings(device=DEVICE, page_size=16, slots=4, context=128)
+SETTINGS = Settings(device=DEVICE, page_size=16, slots=4, context=128, lease_s=20 if INTERPRETING else 300)
 GRAPHS = replace(SETTINGS, capacities=(2, 4))
 
 
