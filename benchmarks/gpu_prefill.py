@@ -62,8 +62,9 @@ def load() -> PrefillRunner:
     cache = KvCache(config.kv_layout(1, PAGE_SIZE, "bfloat16"), PAGES, device)
     torch.cuda.empty_cache()
     before, began = torch.cuda.memory_reserved(), time.perf_counter()
-    runner = PrefillRunner(model, cache, device)
+    runner = PrefillRunner(model, cache, device, CHUNK)
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     seconds, grown = time.perf_counter() - began, (torch.cuda.memory_reserved() - before) / 2**20
     write(
         [

@@ -109,7 +109,11 @@ def compositions() -> Iterator[tuple[str, Composition]]:
     """Kinds: the same row at the same capacity, another row, another capacity."""
     for seed in range(COMPOSITIONS):
         dice = random.Random(seed)
-        for kind, capacity in (("same row", 64), ("another row", 64), ("another capacity", dice.choice((16, 256)))):
+        for kind, capacity in (
+            ("same row", 64),
+            ("another row", 64),
+            ("another capacity", dice.choice((16, 128, 256))),
+        ):
             others = dice.sample(range(1, capacity), dice.randint(1, capacity - 1))
             slot = 0 if kind == "same row" else others[0]
             taken = {0, *others} if kind == "same row" else set(others)
@@ -131,12 +135,12 @@ def other_prefills(runner: ModelRunner) -> int:
     """In how many packings the prompt's logits have other bits than alone."""
     dice = random.Random(0)
     prompt = dice.choices(range(100_000), k=PROMPT)
-    alone = runner.run(packed([(prompt, 0, PROMPT)]))
+    alone = runner.run(packed([(prompt, 0, PROMPT)], prompt))
     different = 0
     for _ in range(PACKINGS):
         cut = dice.choice((0, dice.randint(1, PROMPT - 1)))
         if cut:
-            runner.run(packed([(prompt, 0, cut)]))
+            runner.run(packed([(prompt, 0, cut)], prompt))
         parts, room = [(prompt, cut, PROMPT)], CHUNK - PROMPT
         for _ in range(dice.randint(0, 12)):
             length = dice.randint(1, LONGEST)
@@ -144,18 +148,18 @@ def other_prefills(runner: ModelRunner) -> int:
                 parts.append((dice.choices(range(100_000), k=length), 0, length))
                 room -= length
         dice.shuffle(parts)
-        logits = runner.run(packed(parts))
+        logits = runner.run(packed(parts, prompt))
         different += not torch.equal(logits[[part[0] is prompt for part in parts].index(True)], alone[0])
     return different
 
 
-def packed(parts: list[tuple[list[int], int, int]]) -> Batch:
-    """Tokens `start` to `stop` of each prompt, on pages of its own; the first prompt's pages never move."""
+def packed(parts: list[tuple[list[int], int, int]], fixed: list[int]) -> Batch:
+    """Tokens `start` to `stop` of each prompt, on pages of its own; those of the prompt `fixed` never move."""
     batch = Batch([], [], [], [], [], [])
     first = -(-PROMPT // PAGE_SIZE)
     for prompt, start, stop in parts:
         pages = -(-len(prompt) // PAGE_SIZE)
-        mine = len(prompt) == PROMPT
+        mine = prompt is fixed
         batch.token_ids.extend(prompt[start:stop])
         batch.query_lens.append(stop - start)
         batch.starts.append(start)

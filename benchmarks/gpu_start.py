@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_start
 
-DeepSeek-V2-Lite's shapes, random weights; imports and CUDA's own start are not counted.
+DeepSeek-V2-Lite's shapes, random weights. `start` is all of it: the process, its imports, CUDA, weights and graphs.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 
 from benchmarks.gpu_decode import TOPOLOGY
 from benchmarks.rows import Figure, Row, write
 from splitserve.cluster.topology import Topology
 from splitserve.deploy.bench.engine import EngineAlone
 
-CASE = "v2lite-bf16 capacities=16,64,256"
-METRICS = (("ready", "s"), ("capture", "s"), ("graph memory", "MiB"))
+CASE = "v2lite-bf16 capacities=16,64,128,256"
+METRICS = (("start", "s"), ("ready", "s"), ("capture", "s"), ("graph memory", "MiB"))
 
 
 def main() -> None:
@@ -27,9 +28,10 @@ def main() -> None:
         for caches in ("cold", "warm"):
             child = [sys.executable, "-m", "benchmarks.gpu_start", "child"]
             environment = os.environ | {"TRITON_CACHE_DIR": cache}
+            began = time.time()
             output = subprocess.run(child, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-            figures = json.loads(output.splitlines()[-1])
-            for (metric, unit), value in zip(METRICS, figures, strict=True):
+            ended, *figures = json.loads(output.splitlines()[-1])
+            for (metric, unit), value in zip(METRICS, [ended - began, *figures], strict=True):
                 case = f"{CASE}, {caches} caches"
                 write([Row("graph", case, metric, unit, Figure.of([value]), "none", None, "lower")])
 
@@ -37,7 +39,7 @@ def main() -> None:
 def child() -> None:
     engine = EngineAlone(Topology.model_validate(TOPOLOGY))
     assert engine.loop is not None
-    print(json.dumps([engine.ready_s, engine.loop.capture_s, engine.loop.memory_bytes / 2**20]))
+    print(json.dumps([time.time(), engine.ready_s, engine.loop.capture_s, engine.loop.memory_bytes / 2**20]))
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ class DecodePool(Pool):
         default=32, ge=1, le=4096, validate_default=True, description="sequences decoded at once by an engine"
     )
     capacities: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
-        default=(16, 64, 256),
+        default=(16, 64, 128, 256),
         max_length=16,
         description="numbers of sequences that a GPU captures a decode graph for; those below slots, and slots itself",
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from splitserve.cluster.rank_spec import RankSpec
+from splitserve.cluster.topology import DEFAULT_CHUNK_TOKENS
 from splitserve.deploy.gpu_check import check_gpu
 from splitserve.engine.kv_cache import KvCache, pages_for_budget
 from splitserve.engine.runner import ModelRunner
@@ -51,5 +52,6 @@ def load_rank(spec: RankSpec, group: TensorParallel, progress: Callable[[int, in
     layout = config.kv_layout(spec.tp, pool.page_size, settings.dtype)
     cache = KvCache(layout, pages_for_budget(layout, pool.kv_memory), device)
     prefills = device.type == "cuda" and spec.role != "decode" and supports_model(config)
-    runner = PrefillRunner(model, cache, device) if prefills else ModelRunner(model, cache, device)
+    chunk_tokens = pool.chunk_tokens or DEFAULT_CHUNK_TOKENS
+    runner = PrefillRunner(model, cache, device, chunk_tokens) if prefills else ModelRunner(model, cache, device)
     return LoadedRank(config, runner, limits)

@@ -57,6 +57,8 @@ class DeviceSampler:
         self._state = SlotState(self._layout, device)
         self._slots = torch.arange(ROWS, dtype=torch.int32, device=device)
         self._scratch = new_sampler_scratch(ROWS, vocab_size, device)
+        if device.type == "cuda":
+            self._warm_up(vocab_size)
 
     @torch.inference_mode()
     def choose(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> PendingTokens:
@@ -71,12 +73,23 @@ class DeviceSampler:
         for slot, sequence in enumerate(sequences):
             updates.sample_as(slot, sequence)
         self._state.apply(updates.take())
-        rows, device = len(sequences), logits.device
+        return self._sample(logits, len(sequences))
+
+    def _sample(self, logits: torch.Tensor, live: int) -> SampledRows:
+        rows, device = len(logits), logits.device
         out = new_sampled_rows(rows, device)
-        live = torch.full((1,), rows, dtype=torch.int32, device=device)
+        live_rows = torch.full((1,), live, dtype=torch.int32, device=device)
         positions = self._state.table.lengths[:rows].long()
-        sample_rows(logits, self._slots[:rows], positions, live, self._state.sampler, out, self._scratch)
+        sample_rows(logits, self._slots[:rows], positions, live_rows, self._state.sampler, out, self._scratch)
         return out
+
+    @torch.inference_mode()
+    def _warm_up(self, vocab_size: int) -> None:
+        """Compile what the first request would wait for."""
+        updates = SlotUpdateBuilder(self._layout)
+        updates.set(0, {"length": 0})
+        self._state.apply(updates.take())
+        self._sample(torch.zeros(1, vocab_size, device=self._slots.device), live=0)
 
 
 class _Copied:

@@ -112,8 +112,8 @@ def choose_tiles(shape: DecodeShape, slots: int, deterministic: bool = False) ->
     """
     if not shape.latent:
         return DecodeTiles(16 if shape.rows <= 16 else 32, keys_first=True, programs_per_sm=2)
-    middle = deterministic or 16 < slots <= 64
-    splits = SplitTable(256, 0, 256) if middle else SplitTable() if slots <= 16 else SplitTable(512, 0, 512)
+    wide = 256 if deterministic else 512
+    splits = SplitTable(wide, 0, wide) if deterministic or slots > 16 else SplitTable()
     parts = 4 if shape.value_dim >= 256 else 1
     return DecodeTiles(num_warps=8, pdl=True, splits=splits, parts=parts)
 

@@ -5,6 +5,9 @@
     down       parts[choice] = down(act)                                         persistent grouped GEMM
     combine    out[token] = sum over its choices, in order, of weight * part     one program a row and strip
 
+Shared experts are the last choices of every token. They need no schedule: both GEMMs begin with their tiles, which take
+more tokens at a time than a routed expert has, because each such tile reads the weights again.
+
 Grids are fixed by the capacity, the number of rows of the tensors, and live counts are read on the device, so one
 CUDA graph serves any number of live rows. Every sum runs over K in tiles of a fixed size, in float32, so a row's bits
 do not depend on the other rows at one capacity.
@@ -13,18 +16,17 @@ do not depend on the other rows at one capacity.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from splitserve.kernels.launch import INTERPRETING, num_sms
 from splitserve.kernels.moe_gathered import gathered_gate_up
-from splitserve.kernels.moe_schedule import BlockSchedule, block_schedule
-from splitserve.kernels.moe_tiles import ExpertTiles, GemmTile, expert_tiles
+from splitserve.kernels.moe_gemms import Choices, grouped_down, grouped_gate_up
+from splitserve.kernels.moe_schedule import block_schedule
+from splitserve.kernels.moe_tiles import ExpertTiles, expert_tiles
 from splitserve.kernels.rms_norm import Terms
 from splitserve.kernels.silu_and_mul import silu_and_mul
 
@@ -40,6 +42,7 @@ def routed_experts(
     live_rows: torch.Tensor,
     *,
     first_expert: int = 0,
+    shared: int = 0,
     tiles: ExpertTiles | None = None,
     sms: int | None = None,
 ) -> torch.Tensor:
@@ -49,12 +52,14 @@ def routed_experts(
     `kernels.moe_routing.route`; `gate_up` [experts, 2 * width, hidden], gate rows first, and `down` [experts, hidden,
     width] of x's dtype; `live_rows` [1] int32. Rows from `live_rows` on load nothing and come out as 0. A choice's
     part is rounded to x's dtype, and parts are added in float32 in the order of choices. The experts here are
-    `first_expert` and those after it; choices of others add nothing.
+    `first_expert` and those after it; choices of others add nothing. The last `shared` experts are everyone's, and the
+    last `shared` choices of each token are they, in order.
 
     `sms` limits the SMs that the persistent kernels take, None for all. Raises ValueError for tensors that do not fit
     together, are not contiguous, or have an odd width in bytes (rows must be multiples of 16 bytes).
     """
-    terms = routed_terms(x, weights, chosen, gate_up, down, live_rows, first_expert=first_expert, tiles=tiles, sms=sms)
+    cut = {"first_expert": first_expert, "shared": shared, "tiles": tiles, "sms": sms}
+    terms = routed_terms(x, weights, chosen, gate_up, down, live_rows, **cut)  # type: ignore[arg-type]
     pdl = not INTERPRETING
     return _combine(_by_choice(terms), weights, chosen, live_rows, first_expert, gate_up.shape[0], pdl)
 
@@ -68,6 +73,7 @@ def routed_terms(
     live_rows: torch.Tensor,
     *,
     first_expert: int = 0,
+    shared: int = 0,
     tiles: ExpertTiles | None = None,
     sms: int | None = None,
 ) -> Terms:
@@ -76,12 +82,14 @@ def routed_terms(
     rows, top_k = chosen.shape
     tiles = tiles or expert_tiles(rows, top_k, gate_up.shape[0])
     tiles = replace(tiles, pdl=tiles.pdl and not INTERPRETING)
-    sms = sms or num_sms(x.device)
-    schedule = block_schedule(
-        chosen, live_rows, gate_up.shape[0], tiles.block_m, first_expert=first_expert, pdl=tiles.pdl
-    )
-    act = _gate_up(x, gate_up, schedule, chosen.shape[1], tiles, sms)
-    parts = _down(act, down, schedule, chosen.numel(), tiles, sms)
+    sms, choices = sms or num_sms(x.device), Choices(chosen, live_rows, shared if tiles.shared_m else 0)
+    scheduled = gate_up.shape[0] - choices.shared
+    schedule = block_schedule(chosen, live_rows, scheduled, tiles.block_m, first_expert=first_expert, pdl=tiles.pdl)
+    if tiles.gather and x.shape[1] >= GATHER_HIDDEN:
+        act = gathered_gate_up(x, gate_up, schedule, top_k, tiles.gate_up, sms)
+    else:
+        act = grouped_gate_up(x, gate_up, schedule, choices, tiles, sms)
+    parts = grouped_down(act, down, schedule, choices, tiles, sms)
     return Terms(parts.view(*chosen.shape, -1).transpose(0, 1), weights, live_rows)
 
 
@@ -142,60 +150,6 @@ def _check(
         raise ValueError(f"rows of {hidden} and {width} elements are not multiples of 16 bytes")
 
 
-def _tiled(matrix: torch.Tensor, block_rows: int, tile: GemmTile) -> TensorDescriptor:
-    """For loads of [block_rows, block_k] tiles of `matrix` [..., k], seen as [rows, k]; 0 outside it."""
-    return TensorDescriptor.from_tensor(matrix.flatten(0, -2), [block_rows, tile.block_k])
-
-
-def _options(x: torch.Tensor, tiles: ExpertTiles, tile: GemmTile) -> dict[str, Any]:
-    """What both GEMMs take. The interpreter's bfloat16 `tl.dot` returns garbage: there it gets float32."""
-    return {
-        "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "SWAP": tile.swap,
-        "UPCAST": INTERPRETING and x.dtype != torch.float32,
-        "PDL": tiles.pdl,
-        "launch_pdl": tiles.pdl,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
-
-
-def _gate_up(
-    x: torch.Tensor, gate_up: torch.Tensor, schedule: BlockSchedule, top_k: int, tiles: ExpertTiles, sms: int
-) -> torch.Tensor:
-    """act [max_blocks * block_m, width]; slots of no choice and blocks that are not live hold anything."""
-    tile, hidden, width = tiles.gate_up, x.shape[1], gate_up.shape[1] // 2
-    if tiles.gather and hidden >= GATHER_HIDDEN:
-        return gathered_gate_up(
-            x, gate_up, schedule, top_k, sms * tile.programs_per_sm,
-            block_n=tile.block_n, block_k=tile.block_k, warps=tile.warps, stages=tile.stages,
-        )  # fmt: skip
-    act = x.new_empty(schedule.slots.numel(), width)
-    grid = (min(sms * tile.programs_per_sm, schedule.max_blocks * triton.cdiv(width, tile.block_n)),)
-    _gate_up_kernel[grid](
-        x, _tiled(gate_up, tile.block_n, tile), act, schedule.slots, schedule.experts, schedule.num_blocks,
-        HIDDEN=hidden, WIDTH=width, TOP_K=top_k, **_options(x, tiles, tile),
-    )  # fmt: skip
-    return act
-
-
-def _down(
-    act: torch.Tensor, down: torch.Tensor, schedule: BlockSchedule, num_choices: int, tiles: ExpertTiles, sms: int
-) -> torch.Tensor:
-    """parts [num_choices, hidden]; choices without a slot hold anything."""
-    tile, (_, hidden, width) = tiles.down, down.shape
-    parts = act.new_empty(num_choices, hidden)
-    grid = (min(sms * tile.programs_per_sm, schedule.max_blocks * triton.cdiv(hidden, tile.block_n)),)
-    _down_kernel[grid](
-        _tiled(act, tiles.block_m, tile), _tiled(down, tile.block_n, tile), parts,
-        schedule.slots, schedule.experts, schedule.num_blocks,
-        HIDDEN=hidden, WIDTH=width, **_options(act, tiles, tile),
-    )  # fmt: skip
-    return parts
-
-
 def _combine(
     parts: torch.Tensor,
     weights: torch.Tensor,
@@ -214,87 +168,6 @@ def _combine(
         PDL=pdl, launch_pdl=pdl, num_warps=4,
     )  # fmt: skip
     return out
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _multiply_add(tokens, weights, acc, SWAP: tl.constexpr, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """acc + tokens [m, k] @ weights [n, k]^T, or its transpose."""
-    if UPCAST:
-        tokens, weights = tokens.to(tl.float32), weights.to(tl.float32)
-    if SWAP:
-        acc = tl.dot(weights, tl.trans(tokens), acc, input_precision="ieee")
-    else:
-        acc = tl.dot(tokens, tl.trans(weights), acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _place(tile, blocks, n_tiles, SWAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The tile's block and strip. A block's strips go side by side; with many small blocks, the blocks of a strip do,
-    so that blocks of one expert read its weights together."""
-    across = SWAP & (blocks > 16)
-    return tl.where(across, tile % blocks, tile // n_tiles), tl.where(across, tile // blocks, tile % n_tiles)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _gate_up_kernel(  # type: ignore[no-untyped-def]
-    x, gate_up, act, slots, block_experts, num_blocks,
-    HIDDEN: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SWAP: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    n_tiles: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
-    even: tl.constexpr = HIDDEN % BLOCK_K == 0
-    blocks = tl.load(num_blocks)
-    for tile in tl.range(tl.program_id(0), blocks * n_tiles, tl.num_programs(0)):
-        block, column = _place(tile, blocks, n_tiles, SWAP)
-        column *= BLOCK_N
-        gate_row = tl.load(block_experts + block) * (2 * WIDTH) + column
-        slot = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        token = tl.maximum(tl.load(slots + slot), 0) // TOP_K  # slots of no choice take token 0: nobody reads them
-        x_row = x + token.to(tl.int64)[:, None] * HIDDEN
-        gate = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
-        up = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, HIDDEN, BLOCK_K):
-            ks = k + tl.arange(0, BLOCK_K)[None, :]
-            tokens = tl.load(x_row + ks) if even else tl.load(x_row + ks, mask=ks < HIDDEN, other=0.0)
-            gate = _multiply_add(tokens, gate_up.load([gate_row, k]), gate, SWAP, UPCAST)
-            up = _multiply_add(tokens, gate_up.load([gate_row + WIDTH, k]), up, SWAP, UPCAST)
-        gated = (gate / (1.0 + tl.exp(-gate)) * up).to(act.dtype.element_ty)
-        if SWAP:
-            gated = tl.trans(gated)
-        columns = column + tl.arange(0, BLOCK_N)[None, :]
-        tl.store(act + slot.to(tl.int64)[:, None] * WIDTH + columns, gated, mask=columns < WIDTH)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _down_kernel(  # type: ignore[no-untyped-def]
-    act, down, parts, slots, block_experts, num_blocks,
-    HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SWAP: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    n_tiles: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
-    blocks = tl.load(num_blocks)
-    for tile in tl.range(tl.program_id(0), blocks * n_tiles, tl.num_programs(0)):
-        block, column = _place(tile, blocks, n_tiles, SWAP)
-        column *= BLOCK_N
-        down_row = tl.load(block_experts + block) * HIDDEN + column
-        choice = tl.load(slots + block * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-        acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, WIDTH, BLOCK_K):
-            acc = _multiply_add(act.load([block * BLOCK_M, k]), down.load([down_row, k]), acc, SWAP, UPCAST)
-        part = acc.to(parts.dtype.element_ty)
-        if SWAP:
-            part = tl.trans(part)
-        columns = column + tl.arange(0, BLOCK_N)[None, :]
-        tl.store(parts + choice.to(tl.int64) * HIDDEN + columns, part, mask=(choice >= 0) & (columns < HIDDEN))
 
 
 @triton.jit  # type: ignore[untyped-decorator]

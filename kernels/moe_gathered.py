@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from splitserve.kernels.launch import INTERPRETING
 from splitserve.kernels.moe_schedule import BlockSchedule
+from splitserve.kernels.moe_tiles import GemmTile
 
 GATHER_ROWS = 4
 
@@ -23,26 +24,23 @@ def gathered_gate_up(
     gate_up: torch.Tensor,
     schedule: BlockSchedule,
     top_k: int,
+    tile: GemmTile,
     sms: int,
-    *,
-    block_n: int = 128,
-    block_k: int = 64,
-    warps: int = 8,
-    stages: int = 4,
 ) -> torch.Tensor:
     """silu(gate(x)) * up(x) of each slot's token: [max_blocks * block_m, width], of x's dtype.
 
     `x` [rows, hidden] and `gate_up` [experts, 2 * width, hidden], gate rows first, are contiguous. Slots of no choice
-    and blocks that are not live hold anything. At most `sms` programs stride over the tiles.
+    and blocks that are not live hold anything.
     """
     hidden, width = x.shape[1], gate_up.shape[1] // 2
     act = x.new_empty(schedule.slots.numel(), width)
-    halves = TensorDescriptor.from_tensor(gate_up.view(-1, width, hidden), [2, block_n, block_k])
-    rows = TensorDescriptor.from_tensor(_gather(x, schedule, top_k), [schedule.block_m, block_k])
-    _wide_kernel[(min(sms, schedule.max_blocks * triton.cdiv(width, block_n)),)](
+    halves = TensorDescriptor.from_tensor(gate_up.view(-1, width, hidden), [2, tile.block_n, tile.block_k])
+    rows = TensorDescriptor.from_tensor(_gather(x, schedule, top_k), [schedule.block_m, tile.block_k])
+    programs = min(sms * tile.programs_per_sm, schedule.max_blocks * triton.cdiv(width, tile.block_n))
+    _wide_kernel[(programs,)](
         rows, halves, act, schedule.experts, schedule.num_blocks,
-        HIDDEN=hidden, WIDTH=width, BLOCK_M=schedule.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        UPCAST=INTERPRETING and x.dtype != torch.float32, num_warps=warps, num_stages=stages,
+        HIDDEN=hidden, WIDTH=width, BLOCK_M=schedule.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        UPCAST=INTERPRETING and x.dtype != torch.float32, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return act
 

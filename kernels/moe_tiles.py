@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import triton
+
 
 @dataclass(frozen=True)
 class GemmTile:
     """How one grouped GEMM is cut. A program computes `block_n` columns of one block of slots at a time.
 
     `swap` makes the weights the M operand of the MMA and the tokens the N operand: with few tokens that allows wgmma,
-    whose M is at least 64.
+    whose M is at least 64. `shared_stages` are the stages of tiles of shared experts, which hold more tokens.
     """
 
     block_n: int
@@ -19,18 +21,21 @@ class GemmTile:
     stages: int
     programs_per_sm: int
     swap: bool = False
+    shared_stages: int = 0
 
 
 @dataclass(frozen=True)
 class ExpertTiles:
     """Tiles of a layer's experts: `block_m` slots a block, both GEMMs, and whether kernels overlap their starts.
 
-    `gather` copies tokens into slots before the first GEMM (`kernels.moe_gathered`); same bits.
+    Tiles of shared experts hold `shared_m` tokens; 0 gives them blocks like any other expert's. `gather` copies tokens
+    into slots before the first GEMM (`kernels.moe_gathered`); same bits.
     """
 
     block_m: int
     gate_up: GemmTile
     down: GemmTile
+    shared_m: int = 0
     pdl: bool = True
     gather: bool = False
 
@@ -42,10 +47,13 @@ def expert_tiles(rows: int, top_k: int, num_experts: int, deterministic: bool = 
     """
     expected = 48 if deterministic else rows * top_k / num_experts
     if expected <= 48:
-        block_m = 16 if expected < 12 else 32 if expected <= 32 else 64
-        gate_up = GemmTile(64, 128, warps=4, stages=5 if block_m == 16 else 3, programs_per_sm=1, swap=True)
-        down = GemmTile(64, 128, warps=4, stages=4 if block_m < 64 else 3, programs_per_sm=2, swap=True)
-        return ExpertTiles(block_m, gate_up, down)
+        block_m = 16 if expected <= 16 else 32 if expected <= 32 else 64
+        shared_m = 64 if deterministic else 128 if block_m == 32 else min(64, max(16, triton.next_power_of_2(rows)))
+        stages = 5 if block_m == 16 else 3, 4 if block_m < 64 else 3
+        shared_stages = (3, 2) if shared_m == 128 else (4, 3)
+        gate_up = GemmTile(64, 128, 4, stages[0], programs_per_sm=1, swap=True, shared_stages=shared_stages[0])
+        down = GemmTile(64, 128, 4, stages[1], programs_per_sm=2, swap=True, shared_stages=shared_stages[1])
+        return ExpertTiles(block_m, gate_up, down, shared_m)
     gate_up = GemmTile(128, 64, warps=8, stages=4, programs_per_sm=1)
     down = GemmTile(256, 64, warps=8, stages=4, programs_per_sm=1)
     return ExpertTiles(128, gate_up, down, pdl=False, gather=True)

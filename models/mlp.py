@@ -100,7 +100,7 @@ class MixtureOfExperts:
             experts, live = (x, weights, chosen, self._gate_up, self._down), sequences.live_rows(len(x))
             tiles = expert_tiles(len(x), chosen.shape[1], len(self._down), self._fixed)
             if self._tp.size == 1:
-                return routed_terms(*experts, live, tiles=tiles)
+                return routed_terms(*experts, live, shared=self._shared_choices, tiles=tiles)
             routed = routed_experts(*experts, live, first_expert=self._experts.start, tiles=tiles)
         else:
             routed = self._on_cpu(x)

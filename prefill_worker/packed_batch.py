@@ -40,12 +40,13 @@ class Sizes:
 
 @dataclass(frozen=True, eq=False)
 class DeviceBatch:
-    """A buffer's parts on a device: int64, but for `live` [1] int32, the number of rows that count.
+    """A `buffer` and its parts on a device: int64, but for `live` [1] int32, the number of rows that count.
 
     `token_ids`, `positions`, `slots` (-1 for padding) and `logit_rows` [tokens], `tiles` [tiles, 4] as of
     `query_tiles`, and `pages` [pages, 2] as for `gather_pages`.
     """
 
+    buffer: torch.Tensor
     live: torch.Tensor
     token_ids: torch.Tensor
     positions: torch.Tensor
@@ -55,9 +56,17 @@ class DeviceBatch:
     logit_rows: torch.Tensor
 
     @classmethod
+    def empty(cls, sizes: Sizes, device: torch.device) -> DeviceBatch:
+        """Rows that do no work."""
+        batch = cls.of(torch.zeros(sum(sizes.parts), dtype=torch.int64, device=device), sizes)
+        batch.slots.fill_(-1)
+        return batch
+
+    @classmethod
     def of(cls, buffer: torch.Tensor, sizes: Sizes) -> DeviceBatch:
         live, token_ids, positions, slots, tiles, pages, logit_rows = torch.split(buffer, sizes.parts)
         return cls(
+            buffer=buffer,
             live=live.view(torch.int32)[:1],
             token_ids=token_ids[: sizes.tokens],
             positions=positions[: sizes.tokens],

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import triton
 
 from splitserve.engine.batch import Batch
 from splitserve.engine.kv_cache import KvCache
@@ -23,6 +24,7 @@ from splitserve.prefill_worker.packed_batch import DeviceBatch, PackedBatch, Siz
 GRAPH_TOKENS = (256, 512, 1024, 2048)
 GRAPH_CONTEXTS = (2048, 16384)
 GRAPH_SEQUENCES = 64
+WARM_TOKENS = (8, 32, 128, 256, 512)  # numbers of rows between which kernels take other tiles
 
 
 def supports_model(config: ModelConfig) -> bool:
@@ -34,14 +36,23 @@ def supports_model(config: ModelConfig) -> bool:
 class PrefillRunner(ModelRunner):
     """A `ModelRunner` for prefill on a GPU; steps of decode, chunks of one token each, are right but slow.
 
-    Construction captures graphs for `graph_tokens`, on engines of one rank only.
+    Construction compiles kernels for batches of up to `max_tokens`, which thus are known to fit into memory, and
+    captures graphs for `graph_tokens`, on engines of one rank only.
     """
 
     def __init__(
-        self, model: Decoder, cache: KvCache, device: torch.device, graph_tokens: Sequence[int] = GRAPH_TOKENS
+        self,
+        model: Decoder,
+        cache: KvCache,
+        device: torch.device,
+        max_tokens: int,
+        graph_tokens: Sequence[int] = GRAPH_TOKENS,
     ) -> None:
         super().__init__(model, cache, device)
         self._graphs: list[PrefillGraph] = []
+        if device.type == "cuda":
+            for tokens in sorted({*WARM_TOKENS, max_tokens}, reverse=True):
+                self._warm_up(tokens)
         if graph_tokens and cache.layout.tp == 1:
             self._capture(graph_tokens)
 
@@ -62,12 +73,18 @@ class PrefillRunner(ModelRunner):
             return hidden.new_empty((0, 0), dtype=torch.float32)
         return self.model.logits(hidden[tensors.logit_rows[: packed.num_logits]])
 
+    @torch.inference_mode()
+    def _warm_up(self, tokens: int) -> None:
+        sizes = Sizes(tokens, triton.cdiv(tokens, QUERY_TILE), triton.cdiv(tokens, self.cache.layout.page_size))
+        hidden = forward(self.model, self.cache, DeviceBatch.empty(sizes, self._device))
+        self.model.logits(hidden[:1])
+
     def _capture(self, graph_tokens: Sequence[int]) -> None:
         pool, page_size = torch.cuda.graph_pool_handle(), self.cache.layout.page_size
         for tokens in sorted(graph_tokens, reverse=True):  # the largest first: the others find room in its memory
             for context in sorted(GRAPH_CONTEXTS, reverse=True):
                 rows = max(context, 2 * tokens)
-                sizes = Sizes(tokens, -(-tokens // QUERY_TILE) + GRAPH_SEQUENCES, -(-rows // page_size))
+                sizes = Sizes(tokens, triton.cdiv(tokens, QUERY_TILE) + GRAPH_SEQUENCES, triton.cdiv(rows, page_size))
                 self._graphs.insert(0, PrefillGraph(self.model, self.cache, sizes, self._device, pool))
 
 
@@ -76,15 +93,13 @@ class PrefillGraph:
 
     def __init__(self, model: Decoder, cache: KvCache, sizes: Sizes, device: torch.device, pool: Any) -> None:
         self.sizes = sizes
-        self._buffer = torch.zeros(sum(sizes.parts), dtype=torch.int64, device=device)
-        self.batch = DeviceBatch.of(self._buffer, sizes)
-        self.batch.slots.fill_(-1)
+        self.batch = DeviceBatch.empty(sizes, device)
         self._graph = torch.cuda.CUDAGraph()
         self._capture(model, cache, pool)
 
     def replay(self, packed: PackedBatch) -> torch.Tensor:
         """Run `packed`; returns the hidden states [tokens, hidden], to be read before the next replay."""
-        self._buffer.copy_(packed.buffer(self.sizes, pinned=True), non_blocking=True)
+        self.batch.buffer.copy_(packed.buffer(self.sizes, pinned=True), non_blocking=True)
         self._graph.replay()
         return self._hidden
 

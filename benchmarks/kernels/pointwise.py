@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.kernels.timing import graph_us
+from benchmarks.kernels.timing import copy_gb, graph_us
 from benchmarks.rows import Figure, Row, write
 from splitserve.kernels.rms_norm import add_rms_norm, rms_norm
 from splitserve.kernels.rope import apply_rope
@@ -33,12 +33,6 @@ def main() -> None:
         for name, moved, call in calls(rows):
             figure = Figure.of([moved / micros / 1e3 for micros in times(call)])
             write([Row("kernels", f"{name} rows={rows}", "bandwidth", "GB/s", figure, "copy", copied, "higher")])
-
-
-def copy_gb() -> float:
-    source = torch.randn(1 << 28, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / graph_us(lambda: target.copy_(source)) / 1e3
 
 
 def times(call: Callable[[], object]) -> list[float]:

@@ -30,6 +30,14 @@ def graph_us(call: Callable[[], object], calls: int = 1, replays: int = 5) -> fl
     return median(samples)
 
 
+def copy_gb() -> float:
+    """GB/s, read + write, of the faster of two copies: torch's, and a kernel that reads and writes every element."""
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    copies = (lambda: target.copy_(source), lambda: torch.neg(source, out=target))
+    return 2 * source.nbytes / min(graph_us(copy) for copy in copies) / 1e3
+
+
 def print_kernels(title: str, trace: profile) -> None:
     """The kernels that took longest, and how long all took."""
     kernels = sorted(trace.key_averages(), key=lambda kernel: -kernel.device_time_total)

@@ -13,11 +13,11 @@ from splitserve.cluster.rank_spec import RankSpec
 from splitserve.cluster.topology import Topology
 from splitserve.deploy.gpu_check import check_gpu
 from splitserve.deploy.preflight import check_runnable
+from splitserve.models.config import ModelConfig
 from splitserve.models.resolve import load_model_config
 from tests.deploy.test_plan import plan_text
 
 V2_LITE = load_model_config("deepseek-v2-lite")
-SMOLLM2 = load_model_config("smollm2-135m-instruct")
 ONE_GPU = {
     "hosts": {"gpus": 1},
     "model": {"dtype": "bfloat16"},
@@ -26,11 +26,16 @@ ONE_GPU = {
 }
 
 
-def test_head_sizes_without_tiles(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def smollm2() -> ModelConfig:
+    return load_model_config("smollm2-135m-instruct")
+
+
+def test_head_sizes_without_tiles(tmp_path: Path, smollm2: ModelConfig) -> None:
     check_runnable(plan_text(tmp_path, ONE_GPU, V2_LITE))
-    check_runnable(plan_text(tmp_path, ONE_GPU, SMOLLM2))
+    check_runnable(plan_text(tmp_path, ONE_GPU, smollm2))
     with pytest.raises(StartupError, match="no tiles for heads of 80; expected powers of 2"):
-        check_runnable(plan_text(tmp_path, ONE_GPU, replace(SMOLLM2, head_dim=80)))
+        check_runnable(plan_text(tmp_path, ONE_GPU, replace(smollm2, head_dim=80)))
     assert V2_LITE.mla is not None
     odd = replace(V2_LITE, mla=replace(V2_LITE.mla, kv_lora_rank=384))
     with pytest.raises(StartupError, match=r"no tiles for heads of 384 \+ 64"):
@@ -44,11 +49,11 @@ def test_experts_in_float32_on_a_gpu(tmp_path: Path) -> None:
         check_runnable(plan_text(tmp_path, raw, V2_LITE))
 
 
-def test_deterministic_sums_over_gpus(tmp_path: Path) -> None:
+def test_deterministic_sums_over_gpus(tmp_path: Path, smollm2: ModelConfig) -> None:
     decode = {"device": "cuda", "kv_memory": "8GiB", "layout": {"tp": 3}}
     raw = ONE_GPU | {"hosts": {"gpus": 3}, "model": {"dtype": "bfloat16", "deterministic": True}, "decode": decode}
     with pytest.raises(StartupError, match=r"model\.deterministic: .* use tp: 1"):
-        check_runnable(plan_text(tmp_path, raw, SMOLLM2))
+        check_runnable(plan_text(tmp_path, raw, smollm2))
 
 
 class FakeGpu:
@@ -71,21 +76,21 @@ def rank(kv_memory: str, fraction: float = 1.0) -> RankSpec:
     return RankSpec(Topology.model_validate(raw), "colocated", 0, 0, 0, "cuda:0", "127.0.0.1", "1")
 
 
-def test_a_gpu_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_too_old(monkeypatch: pytest.MonkeyPatch, smollm2: ModelConfig) -> None:
     FakeGpu(monkeypatch, (8, 0), 80 * 10**9, 80 * 10**9)
     with pytest.raises(StartupError, match=r"cuda:0 is a GPU of a test of compute capability 8\.0; kernels need 9\.0"):
-        check_gpu(rank("1GiB"), SMOLLM2)
+        check_gpu(rank("1GiB"), smollm2)
 
 
-def test_a_gpu_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_room(monkeypatch: pytest.MonkeyPatch, smollm2: ModelConfig) -> None:
     gpu = FakeGpu(monkeypatch, (9, 0), 40 * 10**9, 80 * 10**9)
-    check_gpu(rank("30GiB"), SMOLLM2)
+    check_gpu(rank("30GiB"), smollm2)
     assert gpu.fraction == 1.0
-    check_gpu(rank("10GiB", 0.25), SMOLLM2)
+    check_gpu(rank("10GiB", 0.25), smollm2)
     assert gpu.fraction == 0.25
     with pytest.raises(
         StartupError, match=r"decode.kv_memory: 257 MiB of weights and 40 GiB of KV do not fit on cuda:0"
     ):
-        check_gpu(rank("40GiB"), SMOLLM2)
+        check_gpu(rank("40GiB"), smollm2)
     with pytest.raises(StartupError, match=r"a share of 18\.6 GiB"):
-        check_gpu(rank("20GiB", 0.25), SMOLLM2)
+        check_gpu(rank("20GiB", 0.25), smollm2)

@@ -112,6 +112,21 @@ def test_against_the_formula_in_float64() -> None:
     close(routed_experts_reference(x, weights, chosen, gate_up, down, 6), expected.float())
 
 
+@pytest.mark.parametrize("swap", [True, False])
+@pytest.mark.parametrize(("rows", "count", "shared_m"), [(11, 11, 16), (45, 40, 32), (45, 7, 16), (3, 0, 16)])
+def test_shared_experts_take_rows_as_they_come(swap: bool, rows: int, count: int, shared_m: int) -> None:
+    """As if they were experts that every token happens to choose."""
+    x, weights, chosen, gate_up, down = layer(rows, 4, 6, 80, 48, torch.float32)
+    chosen[:, :2] %= 4
+    chosen[:, 2:] = torch.arange(4, 6, device=DEVICE)
+    tile = replace(SMALL, swap=swap, shared_stages=2)
+    tiles = replace(TILES, gate_up=tile, down=tile, shared_m=shared_m)
+    expected = routed_experts_reference(x, weights, chosen, gate_up, down, count)
+    for shared_tiles in (tiles, replace(tiles, shared_m=0)):
+        actual = routed_experts(x, weights, chosen, gate_up, down, live(count), shared=2, tiles=shared_tiles, sms=3)
+        close(actual, expected)
+
+
 def test_more_slots_than_a_block_and_more_tiles_than_programs() -> None:
     x, weights, chosen, gate_up, down = layer(45, 2, 3, 64, 64, torch.float32)
     actual = routed_experts(x, weights, chosen, gate_up, down, live(45), tiles=TILES, sms=3)
@@ -161,8 +176,9 @@ def test_tiles_fit_shared_memory(rows: int) -> None:
     for top_k, experts in ((6, 64), (8, 256)):
         tiles = expert_tiles(rows, top_k, experts)
         for tile, weight_rows in ((tiles.gate_up, 2 * tiles.gate_up.block_n), (tiles.down, tiles.down.block_n)):
-            stage = (weight_rows + tiles.block_m) * tile.block_k * 2
-            assert stage * tile.stages * tile.programs_per_sm <= 227 * 1024
+            for tokens, stages in ((tiles.block_m, tile.stages), (tiles.shared_m, tile.shared_stages)):
+                stage = (weight_rows + tokens) * tile.block_k * 2
+                assert stage * stages * tile.programs_per_sm <= 227 * 1024
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +201,17 @@ def test_v2_lite(v2_lite: tuple[torch.Tensor, torch.Tensor], rows: int) -> None:
         close(actual, routed_experts_reference(x, weights, chosen, *v2_lite, count))
         schedule = block_schedule(chosen, live(count), 64, 16)
         assert live_blocks(schedule) == block_schedule_reference(chosen, count, 64, 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 8, 64, 128, 256])
+def test_shared_experts_are_to_the_bit_what_routed_ones_would_be(rows: int) -> None:
+    x, weights, chosen, gate_up, down = layer(rows, 8, 66, 2048, 1408, torch.bfloat16)
+    chosen = torch.cat((chosen[:, :6] % 64, torch.arange(64, 66, device=DEVICE).expand(rows, 2)), 1).contiguous()
+    for count in (rows, rows // 2 + 1):
+        actual = routed_experts(x, weights, chosen, gate_up, down, live(count), shared=2)
+        assert actual[:count].std() > 0.5
+        assert torch.equal(actual, routed_experts(x, weights, chosen, gate_up, down, live(count)))
 
 
 @pytest.mark.gpu

@@ -66,7 +66,7 @@ def runners(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     def make(graph_tokens: tuple[int, ...]) -> tuple[ModelRunner, PrefillRunner]:
         layout = config.kv_layout(1, PAGE_SIZE, "float32" if INTERPRETING else "bfloat16")
         ours, theirs = (KvCache(layout, PAGES, DEVICE) for _ in range(2))
-        return ModelRunner(model, theirs, DEVICE), PrefillRunner(model, ours, DEVICE, graph_tokens)
+        return ModelRunner(model, theirs, DEVICE), PrefillRunner(model, ours, DEVICE, 300, graph_tokens)
 
     return make
 
@@ -156,9 +156,8 @@ def test_deterministic_logits_do_not_depend_on_packing(write: Callable[[Path], P
     model = load_model(
         tmp_path, config, torch.bfloat16, DEVICE, SingleRank(), "auto", max_positions=1024, deterministic=True
     )
-    runner = PrefillRunner(
-        model, KvCache(config.kv_layout(1, PAGE_SIZE, "bfloat16"), PAGES, DEVICE), DEVICE, graph_tokens=GRAPHS
-    )
+    cache = KvCache(config.kv_layout(1, PAGE_SIZE, "bfloat16"), PAGES, DEVICE)
+    runner = PrefillRunner(model, cache, DEVICE, 1024, GRAPHS)
     sequences = Sequences([150, *(random.Random(seed).randint(1, 300) for seed in range(11))])
     alone = runner.run(sequences.batch({0: (0, 150)}, logits=20))
     for seed in range(40):
