@@ -9,6 +9,7 @@ graphs, whose figures were measured on another H100 80GB with the same shapes an
 from __future__ import annotations
 
 import argparse
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -77,8 +78,8 @@ def experts_touched(loop: DecodeLoop, batch: int) -> list[float]:
     """How many routed experts each layer's live rows choose in one step, by running the step outside its graph."""
     counts: list[float] = []
 
-    def counting(logits: torch.Tensor, bias: torch.Tensor | None, rule: Routing, shared: int = 0) -> Chosen:
-        weights, chosen = route(logits, bias, rule, shared)
+    def counting(logits: torch.Tensor, bias: torch.Tensor | None, rule: Routing, *rest: Any) -> Chosen:
+        weights, chosen = route(logits, bias, rule, *rest)
         counts.append(float(len(set(chosen[:batch, : rule.top_k].flatten().tolist()))))
         return weights, chosen
 
