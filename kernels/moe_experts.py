@@ -15,7 +15,7 @@ do not depend on the other rows at one capacity.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -33,63 +33,69 @@ from splitserve.kernels.silu_and_mul import silu_and_mul
 GATHER_HIDDEN = 1024  # narrower ones were not tried
 
 
+@dataclass(frozen=True, eq=False)
+class Experts:
+    """A layer's experts on this rank, number `first` and those behind it; the last `shared` of them are every token's.
+
+    `gate_up` [experts, 2 * width, hidden], gate rows first, and `down` [experts, hidden, width].
+    """
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    first: int = 0
+    shared: int = 0
+
+    def __len__(self) -> int:
+        return len(self.down)
+
+
 def routed_experts(
     x: torch.Tensor,
     weights: torch.Tensor,
     chosen: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    experts: Experts,
     live_rows: torch.Tensor,
     *,
-    first_expert: int = 0,
-    shared: int = 0,
     tiles: ExpertTiles | None = None,
     sms: int | None = None,
 ) -> torch.Tensor:
     """Sum over a token's choices of weight * down(silu(gate(x)) * up(x)): [rows, hidden] of x's dtype.
 
     `x` [rows, hidden] bfloat16; `weights` [rows, top_k] float32 and `chosen` [rows, top_k] int64 or int32 from
-    `kernels.moe_routing.route`; `gate_up` [experts, 2 * width, hidden], gate rows first, and `down` [experts, hidden,
-    width] of x's dtype; `live_rows` [1] int32. Rows from `live_rows` on load nothing and come out as 0. A choice's
-    part is rounded to x's dtype, and parts are added in float32 in the order of choices. The experts here are
-    `first_expert` and those after it; choices of others add nothing. The last `shared` experts are everyone's, and the
-    last `shared` choices of each token are they, in order.
+    `kernels.moe_routing.route`; `live_rows` [1] int32. Rows from `live_rows` on load nothing and come out as 0. A
+    choice's part is rounded to x's dtype, and parts are added in float32 in the order of choices. Choices of other
+    ranks' experts add nothing. The last `experts.shared` choices of each token are those experts, in order.
 
     `sms` limits the SMs that the persistent kernels take, None for all. Raises ValueError for tensors that do not fit
     together, are not contiguous, or have an odd width in bytes (rows must be multiples of 16 bytes).
     """
-    cut = {"first_expert": first_expert, "shared": shared, "tiles": tiles, "sms": sms}
-    terms = routed_terms(x, weights, chosen, gate_up, down, live_rows, **cut)  # type: ignore[arg-type]
-    pdl = not INTERPRETING
-    return _combine(_by_choice(terms), weights, chosen, live_rows, first_expert, gate_up.shape[0], pdl)
+    terms = routed_terms(x, weights, chosen, experts, live_rows, tiles=tiles, sms=sms)
+    return _combine(_by_choice(terms), weights, chosen, live_rows, experts, pdl=not INTERPRETING)
 
 
 def routed_terms(
     x: torch.Tensor,
     weights: torch.Tensor,
     chosen: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    experts: Experts,
     live_rows: torch.Tensor,
     *,
-    first_expert: int = 0,
-    shared: int = 0,
     tiles: ExpertTiles | None = None,
     sms: int | None = None,
 ) -> Terms:
     """The same as the terms of that sum, for whoever reads it to take. Terms of other ranks' experts hold anything."""
-    _check(x, weights, chosen, gate_up, down, live_rows)
+    _check(x, weights, chosen, experts, live_rows)
     rows, top_k = chosen.shape
-    tiles = tiles or expert_tiles(rows, top_k, gate_up.shape[0])
+    tiles = tiles or expert_tiles(rows, top_k, len(experts))
     tiles = replace(tiles, pdl=tiles.pdl and not INTERPRETING)
-    sms, choices = sms or num_sms(x.device), Choices(chosen, live_rows, shared if tiles.shared_m else 0)
-    scheduled = gate_up.shape[0] - choices.shared
-    schedule = block_schedule(chosen, live_rows, scheduled, tiles.block_m, first_expert=first_expert, pdl=tiles.pdl)
+    sms, choices = sms or num_sms(x.device), Choices(chosen, live_rows, experts.shared if tiles.shared_m else 0)
+    scheduled = len(experts) - choices.shared
+    schedule = block_schedule(chosen, live_rows, scheduled, tiles.block_m, first_expert=experts.first, pdl=tiles.pdl)
     if tiles.gather and x.shape[1] >= GATHER_HIDDEN:
-        act = gathered_gate_up(x, gate_up, schedule, top_k, tiles.gate_up, sms)
+        act = gathered_gate_up(x, experts.gate_up, schedule, top_k, tiles.gate_up, sms)
     else:
-        act = grouped_gate_up(x, gate_up, schedule, choices, tiles, sms)
-    parts = grouped_down(act, down, schedule, choices, tiles, sms)
+        act = grouped_gate_up(x, experts.gate_up, schedule, choices, tiles, sms)
+    parts = grouped_down(act, experts.down, schedule, choices, tiles, sms)
     return Terms(parts.view(*chosen.shape, -1).transpose(0, 1), weights, live_rows)
 
 
@@ -99,20 +105,14 @@ def _by_choice(terms: Terms) -> torch.Tensor:
 
 
 def routed_experts_reference(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    chosen: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    live_rows: int,
-    first_expert: int = 0,
+    x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, experts: Experts, live_rows: int
 ) -> torch.Tensor:
     """The same in torch, one expert after the other."""
     parts = x.new_zeros(*chosen.shape, x.shape[1])
-    for expert in range(gate_up.shape[0]):
-        tokens, places = torch.where(chosen[:live_rows] == first_expert + expert)
+    for index in range(len(experts)):
+        tokens, places = torch.where(chosen[:live_rows] == experts.first + index)
         if len(tokens):
-            parts[tokens, places] = silu_and_mul(x[tokens] @ gate_up[expert].T) @ down[expert].T
+            parts[tokens, places] = silu_and_mul(x[tokens] @ experts.gate_up[index].T) @ experts.down[index].T
     total = torch.zeros_like(x, dtype=torch.float32)
     for place in range(chosen.shape[1]):
         total += parts[:, place].float() * weights[:, place, None]
@@ -121,13 +121,9 @@ def routed_experts_reference(
 
 
 def _check(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    chosen: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    live_rows: torch.Tensor,
+    x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, experts: Experts, live_rows: torch.Tensor
 ) -> None:
+    gate_up, down = experts.gate_up, experts.down
     hidden, width = x.shape[1], down.shape[2]
     fits = (
         gate_up.shape[1:] == (2 * width, hidden)
@@ -155,8 +151,7 @@ def _combine(
     weights: torch.Tensor,
     chosen: torch.Tensor,
     live_rows: torch.Tensor,
-    first_expert: int,
-    num_experts: int,
+    experts: Experts,
     pdl: bool,
 ) -> torch.Tensor:
     (rows, top_k), hidden = chosen.shape, parts.shape[1]
@@ -164,7 +159,7 @@ def _combine(
     strip = min(1024, triton.next_power_of_2(hidden))
     _combine_kernel[(rows, triton.cdiv(hidden, strip))](
         parts, weights, chosen, live_rows, out,
-        HIDDEN=hidden, TOP_K=top_k, FIRST=first_expert, EXPERTS=num_experts, STRIP=strip,
+        HIDDEN=hidden, TOP_K=top_k, FIRST=experts.first, EXPERTS=len(experts), STRIP=strip,
         PDL=pdl, launch_pdl=pdl, num_warps=4,
     )  # fmt: skip
     return out

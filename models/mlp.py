@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from splitserve.kernels import matmul
-from splitserve.kernels.moe_experts import routed_experts, routed_terms
+from splitserve.kernels.moe_experts import Experts, routed_experts, routed_terms
 from splitserve.kernels.moe_routing import Routing, route
 from splitserve.kernels.moe_tiles import expert_tiles
 from splitserve.kernels.rms_norm import Terms
@@ -100,11 +100,12 @@ class MixtureOfExperts:
             logits = _gate_scores(x, self._gate, self._fixed)
             ahead = self._shared_rows if len(x) <= matmul.FEW_ROWS else None
             weights, chosen = route(logits, self._bias, self._routing, self._shared_choices, ahead)
-            experts, live = (x, weights, chosen, self._gate_up, self._down), sequences.live_rows(len(x))
-            tiles = expert_tiles(len(x), chosen.shape[1], len(self._down), self._fixed)
+            experts = Experts(self._gate_up, self._down, self._experts.start, self._shared_choices)
+            tiles = expert_tiles(len(x), chosen.shape[1], len(experts), self._fixed)
+            routing = x, weights, chosen, experts, sequences.live_rows(len(x))
             if self._tp.size == 1:
-                return routed_terms(*experts, live, shared=self._shared_choices, tiles=tiles)
-            routed = routed_experts(*experts, live, first_expert=self._experts.start, tiles=tiles)
+                return routed_terms(*routing, tiles=tiles)
+            routed = routed_experts(*routing, tiles=tiles)
         else:
             routed = self._on_cpu(x)
         routed = self._tp.all_reduce(routed)

@@ -17,7 +17,7 @@ import torch
 from benchmarks.kernels.timing import copy_gb, graph_us
 from benchmarks.rows import Figure, Row, write
 from splitserve.kernels.launch import num_sms
-from splitserve.kernels.moe_experts import routed_experts, routed_experts_reference
+from splitserve.kernels.moe_experts import Experts, routed_experts, routed_experts_reference
 from splitserve.kernels.moe_gemms import Choices, grouped_down, grouped_gate_up
 from splitserve.kernels.moe_schedule import block_schedule
 from splitserve.kernels.moe_tiles import expert_tiles
@@ -53,17 +53,16 @@ class Layer:
         self._down = torch.empty(EXPERTS, HIDDEN, WIDTH, device=DEVICE, dtype=torch.bfloat16)
         self._gate_up.normal_(0, HIDDEN**-0.5)
         self._down.normal_(0, WIDTH**-0.5)
+        self._experts = Experts(self._gate_up, self._down)
 
     def routed(self, routing: Routing) -> torch.Tensor:
         rows = len(routing.x)
-        return routed_experts(routing.x, routing.weights, routing.chosen, self._gate_up, self._down, live(rows))
+        return routed_experts(routing.x, routing.weights, routing.chosen, self._experts, live(rows))
 
     def error(self, routing: Routing) -> float:
         """The largest error in units of the largest expected value."""
         rows = len(routing.x)
-        expected = routed_experts_reference(
-            routing.x, routing.weights, routing.chosen, self._gate_up, self._down, rows
-        ).float()
+        expected = routed_experts_reference(routing.x, routing.weights, routing.chosen, self._experts, rows).float()
         return float((self.routed(routing).float() - expected).abs().max() / expected.abs().max())
 
     def gemms(self, routing: Routing) -> Callable[[], object]:
