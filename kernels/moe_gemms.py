@@ -141,11 +141,13 @@ def _behind(taken, programs):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _gated(gate, up, dtype: tl.constexpr, SWAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    gated = (gate / (1.0 + tl.exp(-gate)) * up).to(dtype)
+def _store_act(act, gate, up, rows, column, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """silu(gate) * up into a strip of `rows` of act."""
+    gated = (gate / (1.0 + tl.exp(-gate)) * up).to(act.dtype.element_ty)
     if SWAP:
         gated = tl.trans(gated)
-    return gated
+    columns = column + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(act + rows.to(tl.int64)[:, None] * WIDTH + columns, gated, mask=columns < WIDTH)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -180,9 +182,7 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
                 gate = _multiply_add(tokens, gate_up.load([gate_row, k]), gate, SWAP, UPCAST)
                 up = _multiply_add(tokens, gate_up.load([gate_row + WIDTH, k]), up, SWAP, UPCAST)
             rows = SHARED_AT + expert * SHARED_ROWS + row_block * SHARED_M + tl.arange(0, SHARED_M)
-            columns = column + tl.arange(0, BLOCK_N)[None, :]
-            gated = _gated(gate, up, act.dtype.element_ty, SWAP)
-            tl.store(act + rows.to(tl.int64)[:, None] * WIDTH + columns, gated, mask=columns < WIDTH)
+            _store_act(act, gate, up, rows, column, WIDTH, BLOCK_N, SWAP)
         first = _behind(shared_tiles, programs)
         if PDL:
             gdc_wait()
@@ -201,9 +201,7 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
             tokens = tl.load(x_row + ks) if even else tl.load(x_row + ks, mask=ks < HIDDEN, other=0.0)
             gate = _multiply_add(tokens, gate_up.load([gate_row, k]), gate, SWAP, UPCAST)
             up = _multiply_add(tokens, gate_up.load([gate_row + WIDTH, k]), up, SWAP, UPCAST)
-        columns = column + tl.arange(0, BLOCK_N)[None, :]
-        gated = _gated(gate, up, act.dtype.element_ty, SWAP)
-        tl.store(act + slot.to(tl.int64)[:, None] * WIDTH + columns, gated, mask=columns < WIDTH)
+        _store_act(act, gate, up, slot, column, WIDTH, BLOCK_N, SWAP)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
