@@ -9,7 +9,6 @@ graphs, whose figures were measured on another H100 80GB with the same shapes an
 from __future__ import annotations
 
 import argparse
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -78,8 +77,8 @@ def experts_touched(loop: DecodeLoop, batch: int) -> list[float]:
     """How many routed experts each layer's live rows choose in one step, by running the step outside its graph."""
     counts: list[float] = []
 
-    def counting(logits: torch.Tensor, bias: torch.Tensor | None, rule: Routing, *rest: Any) -> Chosen:
-        weights, chosen = route(logits, bias, rule, *rest)
+    def counting(logits: torch.Tensor, bias: torch.Tensor | None, rule: Routing, shared: int) -> Chosen:
+        weights, chosen = route(logits, bias, rule, shared)
         counts.append(float(len(set(chosen[:batch, : rule.top_k].flatten().tolist()))))
         return weights, chosen
 

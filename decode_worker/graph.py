@@ -40,9 +40,9 @@ class RowAttention:
         capacity, device = len(rows.slots), rows.slots.device
         self._rows = rows
         self._tiles = choose_tiles(shape, capacity, deterministic)
-        splits = self._tiles.splits
-        self._plan = new_decode_plan(capacity, self._tiles.programs(shape, num_sms(device)), splits, device)
-        self._scratch = new_decode_scratch(shape, splits, capacity, max_tokens, device)
+        programs = self._tiles.programs(shape, num_sms(device), capacity)
+        self._plan = new_decode_plan(capacity, programs, self._tiles.splits, device)
+        self._scratch = new_decode_scratch(shape, self._tiles, capacity, max_tokens, device)
 
     def plan(self) -> None:
         """Plan the step for the rows as they are now."""

@@ -1,9 +1,9 @@
 """Decode attention over pages: grouped-query attention and absorbed MLA, for batches whose lengths the device knows.
 
-FlashDecoding's split-KV with FlashMLA's fixed grid: every program computes its run of the plan's splits
-(`decode_plan`) and `_combine_kernel` folds what several programs left of one slot, in the order of positions. Both
-fold with the same operations in the same order, so a slot's bits depend on its own queries and context alone: not on
-its neighbours, its place, the number of programs, or the page size.
+FlashDecoding's split-KV: every program computes one piece of the plan (`decode_plan`), and of a slot's pieces the last
+to end, or a kernel behind, folds what all have left, in the order of positions, with the operations that a single piece
+would have used. So a slot's bits depend on its own queries and context alone: not on its neighbours, its place, the
+number of programs, or the page size.
 
 Rows are the (query, head) pairs that share a KV head, in blocks padded for the tensor cores. Scores are [rows, keys],
 or with `keys_first` [keys, rows]: 64 keys fill Hopper's wgmma, which 16 rows do not.
@@ -36,7 +36,7 @@ from splitserve.kernels.decode_tile import (
     store_rows,
 )
 from splitserve.kernels.head_sizes import runs_on_gpu
-from splitserve.kernels.prefetch import prefetch_l2
+from splitserve.kernels.prefetch import load_early, prefetch_l2
 
 LOG2_E = 1.4426950408889634
 PREFETCHED = 256  # tokens of a program's run that it asks for before the kernel in front has ended
@@ -65,29 +65,26 @@ def decode_attention(
     dtype, computed in float32. Raises ValueError for shapes that the kernels do not support.
     """
     shape = _checked_shape(q, cache_layer, block_table, lengths, plan, tiles, value_dim)
-    slots = len(q)
     if out is None:
-        out = q.new_empty(slots, shape.q_len, shape.heads, shape.value_dim)
+        out = q.new_empty(len(q), shape.q_len, shape.heads, shape.value_dim)
     interpreted = not q.is_cuda  # the interpreter's dot is wrong in bfloat16
     main, pdl = shape.value_dim, tiles.pdl and not interpreted
-    sizes = {
-        "HEADS": shape.heads, "Q_LEN": shape.q_len, "VALUE_DIM": main, "PDL": pdl, "launch_pdl": pdl,
-        "FRONT_STEP": plan.splits.front_step, "FRONT": plan.splits.front, "STEP": plan.splits.step,
-    }  # fmt: skip
     _decode_kernel[(tiles.lanes(shape), plan.programs)](
-        q, cache_layer, block_table, lengths, out, plan.order,
-        plan.boundaries, plan.slots, scratch.acc, scratch.stats, scale * LOG2_E, cache_layer.stride(0),
-        block_table.stride(0),
-        KV_HEADS=shape.kv_heads, REST=shape.dim - main, LATENT=shape.latent, PAGE=shape.page_size,
-        BLOCK_ROWS=tiles.block_rows, BLOCK_KEYS=tiles.block_keys, PARTS=tiles.parts, KEYS_FIRST=tiles.keys_first,
-        UPCAST=interpreted, PREFETCHED=PREFETCHED, num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages, **sizes,
+        q, cache_layer, block_table, lengths, out, plan.pieces, plan.slots, scratch.acc, scratch.stats,
+        scratch.arrived, scale * LOG2_E, cache_layer.stride(0), block_table.stride(0),
+        HEADS=shape.heads, KV_HEADS=shape.kv_heads, Q_LEN=shape.q_len, VALUE_DIM=main, REST=shape.dim - main,
+        LATENT=shape.latent, PAGE=shape.page_size, BLOCK_ROWS=tiles.block_rows, BLOCK_KEYS=tiles.block_keys,
+        PARTS=tiles.parts, KEYS_FIRST=tiles.keys_first, UPCAST=interpreted, PREFETCHED=PREFETCHED,
+        FRONT_STEP=plan.splits.front_step, FRONT=plan.splits.front, STEP=plan.splits.step,
+        COMBINE=tiles.combine, PDL=pdl, launch_pdl=pdl, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
-    combined_rows = 1 if slots <= 16 else 4  # most of many slots need no combining: few programs find that out sooner
-    _combine_kernel[(slots, -(-shape.q_len * shape.heads // combined_rows))](
-        lengths, out, plan.slots, scratch.acc, scratch.stats,
-        ROWS=combined_rows, num_warps=4 if main >= 512 else 1, **sizes,
-    )  # fmt: skip
+    if tiles.combine:
+        rows = shape.q_len * shape.heads
+        _combine_kernel[(len(q), rows)](
+            lengths, out, plan.slots, scratch.acc, scratch.stats,
+            ALL_ROWS=rows, VALUE_DIM=main, FRONT_STEP=plan.splits.front_step, FRONT=plan.splits.front,
+            STEP=plan.splits.step, PDL=pdl, launch_pdl=pdl, num_warps=4 if main >= 512 else 1,
+        )  # fmt: skip
     return out
 
 
@@ -154,50 +151,26 @@ def _load_pages(block_table, start, stop, PAGE: tl.constexpr, BLOCK_KEYS: tl.con
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _attend(  # type: ignore[no-untyped-def]
-    q, cache, block_table, first, stop, length, last_seen, kv_head, scale, plane_stride,
-    KV_HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, REST: tl.constexpr, LATENT: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, PARTS: tl.constexpr, KEYS_FIRST: tl.constexpr,
-    FRONT_STEP: tl.constexpr, FRONT: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr,
+def _store_partial(  # type: ignore[no-untyped-def]
+    partial, stats, split, row, valid, top, total, acc,
+    ALL_ROWS: tl.constexpr, VALUE_DIM: tl.constexpr, PARTS: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Attend over positions `first` to `stop`, whole splits of one slot: the fold of their results."""
-    DIM: tl.constexpr = VALUE_DIM + REST
-    key = tl.arange(0, BLOCK_KEYS)
-    top, total, acc = no_sum(BLOCK_ROWS, VALUE_DIM, PARTS, KEYS_FIRST)
-    all_top, all_total, all_acc = top, total, acc
-    # Carried from one tile to the next: a page number loaded where it is used would cost the pipeline its depth.
-    next_pages = _load_pages(block_table, first, stop, PAGE, BLOCK_KEYS)
-    for start in range(first, stop, BLOCK_KEYS):
-        pages = next_pages
-        next_pages = _load_pages(block_table, start + BLOCK_KEYS, stop, PAGE, BLOCK_KEYS)
-        position = start + key
-        # Keys behind the length may be NaN, which not even a weight of 0 would silence: the load makes them 0.
-        here = position < length
-        base = cache + (pages * KV_HEADS + kv_head) * (PAGE * DIM) if PAGE >= BLOCK_KEYS else cache
-        key_row = position % PAGE if PAGE >= BLOCK_KEYS else (pages * KV_HEADS + kv_head) * PAGE + position % PAGE
-        keys = load_parts(base, key_row, here, DIM, VALUE_DIM, PARTS, REST)
-        values = keys
-        if not LATENT:
-            values = load_parts(base + plane_stride, key_row, here, DIM, VALUE_DIM, PARTS, 0)
-        visible = (position[:, None] if KEYS_FIRST else position[None, :]) <= beside(last_seen, KEYS_FIRST)
-        top, total, acc = attend_tile(q, keys, values, visible, scale, top, total, acc, KEYS_FIRST, UPCAST)
-        step = tl.where(start < FRONT, FRONT_STEP, STEP)
-        if ((start + BLOCK_KEYS) % step == 0) | (start + BLOCK_KEYS >= stop):
-            all_top, all_total, all_acc = fold(all_top, all_total, all_acc, top, total, acc, KEYS_FIRST)
-            top, total, acc = no_sum(BLOCK_ROWS, VALUE_DIM, PARTS, KEYS_FIRST)
-    return all_total, all_top, all_acc
+    tl.store(stats + split * (2 * ALL_ROWS) + row, top, mask=valid)
+    tl.store(stats + split * (2 * ALL_ROWS) + ALL_ROWS + row, total, mask=valid)
+    for i in tl.static_range(PARTS):
+        store_rows(partial + split.to(tl.int64) * (ALL_ROWS * VALUE_DIM), row, valid, acc[i], VALUE_DIM, i, KEYS_FIRST)
 
 
 @triton.jit(do_not_specialize=["table_stride"])  # type: ignore[untyped-decorator]
 def _decode_kernel(  # type: ignore[no-untyped-def]
-    q, cache, block_table, lengths, out, order, boundaries, slot_plans, partial, stats,
+    q, cache, block_table, lengths, out, pieces, slot_plans, partial, stats, arrived,
     scale, plane_stride, table_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, Q_LEN: tl.constexpr, VALUE_DIM: tl.constexpr, REST: tl.constexpr,
     LATENT: tl.constexpr, PAGE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    PARTS: tl.constexpr, KEYS_FIRST: tl.constexpr, FRONT_STEP: tl.constexpr, FRONT: tl.constexpr,
-    STEP: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr, PREFETCHED: tl.constexpr,
+    PARTS: tl.constexpr, KEYS_FIRST: tl.constexpr, UPCAST: tl.constexpr, PREFETCHED: tl.constexpr,
+    FRONT_STEP: tl.constexpr, FRONT: tl.constexpr, STEP: tl.constexpr, COMBINE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (lane, p) computes run p of the plan for one KV head's block of rows."""
+    """Program (lane, p) computes piece p of the plan for one KV head's block of rows."""
     if PDL:
         gdc_launch_dependents()
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -210,79 +183,112 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     valid, query = lane_row < Q_LEN * GROUP, lane_row // GROUP
     row = query * HEADS + kv_head * GROUP + lane_row % GROUP
 
-    first, first_split = tl.load(boundaries + program * 2), tl.load(boundaries + program * 2 + 1)
-    last, last_split = tl.load(boundaries + program * 2 + 2), tl.load(boundaries + program * 2 + 3)
-    live = tl.load(boundaries + tl.num_programs(1) * 2)
+    slot, first_split = load_early(pieces + program * 4), load_early(pieces + program * 4 + 1)
+    end_split, zeroed = load_early(pieces + program * 4 + 2), load_early(pieces + program * 4 + 3)
+    length = load_early(lengths + tl.maximum(slot, 0))
+    first = split_start(first_split, FRONT_STEP, FRONT, STEP)
+    stop = tl.minimum(split_start(end_split, FRONT_STEP, FRONT, STEP), length)
+    table = block_table + slot * table_stride
     if PDL:
-        if (LATENT & (PAGE >= BLOCK_KEYS)) and first < live:
-            slot = tl.load(order + first)
-            token = split_start(first_split, FRONT_STEP, FRONT, STEP) + tl.arange(0, PREFETCHED)
-            token = tl.minimum(token, tl.load(lengths + slot) - 1)
-            page = tl.load(block_table + slot * table_stride + token // PAGE).to(tl.int64)
+        if (LATENT & (PAGE >= BLOCK_KEYS)) and first < stop:
+            token = tl.minimum(first + tl.arange(0, PREFETCHED), stop - 1)
+            page = load_early(table + token // PAGE).to(tl.int64)
             prefetch_l2(cache + ((page * KV_HEADS + kv_head) * PAGE + token % PAGE) * DIM, DIM * 2)
         gdc_wait()
-    for place in range(first, tl.minimum(last + 1, live)):
-        slot = tl.load(order + place)
-        length = tl.load(lengths + slot)
-        base_unit, folded = tl.load(slot_plans + slot * 2), tl.load(slot_plans + slot * 2 + 1)
-        splits = split_count(length, FRONT_STEP, FRONT, STEP)
-        begin = tl.where(place == first, first_split, 0)
-        end = tl.where(place == last, last_split, splits)
-        stop = tl.minimum(split_start(end, FRONT_STEP, FRONT, STEP), length)
-        slot_row = slot * ALL_ROWS
-        q_parts = load_parts(q + slot_row * DIM, row, valid, DIM, VALUE_DIM, PARTS, REST)
+    if zeroed >= 0:
+        nothing = tl.zeros([BLOCK_ROWS, VALUE_DIM], tl.float32)
+        store_rows(out + zeroed * (ALL_ROWS * VALUE_DIM), row, valid, nothing, VALUE_DIM, 0, False)
+    if slot >= 0:
+        slot_out = out + slot * (ALL_ROWS * VALUE_DIM)
+        first_unit, folded = tl.load(slot_plans + slot * 3), tl.load(slot_plans + slot * 3 + 1)
+        slot_pieces = tl.load(slot_plans + slot * 3 + 2)
+        q_parts = load_parts(q + slot * (ALL_ROWS * DIM), row, valid, DIM, VALUE_DIM, PARTS, REST)
+        top, total, acc = no_sum(BLOCK_ROWS, VALUE_DIM, PARTS, KEYS_FIRST)
+        all_top, all_total, all_acc = top, total, acc
+        key, last_seen, split = tl.arange(0, BLOCK_KEYS), length - Q_LEN + query, first_split
+        in_one = (first_split == 0) | (end_split == first_split + 1)
+        # Carried from one tile to the next: a page number loaded where it is used would cost the pipeline its depth.
+        next_pages = _load_pages(table, first, stop, PAGE, BLOCK_KEYS)
+        for start in range(first, stop, BLOCK_KEYS):
+            pages = next_pages
+            next_pages = _load_pages(table, start + BLOCK_KEYS, stop, PAGE, BLOCK_KEYS)
+            position = start + key
+            # Keys behind the length may be NaN, which not even a weight of 0 would silence: the load makes them 0.
+            here = position < length
+            base = cache + (pages * KV_HEADS + kv_head) * (PAGE * DIM) if PAGE >= BLOCK_KEYS else cache
+            key_row = position % PAGE if PAGE >= BLOCK_KEYS else (pages * KV_HEADS + kv_head) * PAGE + position % PAGE
+            keys = load_parts(base, key_row, here, DIM, VALUE_DIM, PARTS, REST)
+            values = keys
+            if not LATENT:
+                values = load_parts(base + plane_stride, key_row, here, DIM, VALUE_DIM, PARTS, 0)
+            visible = (position[:, None] if KEYS_FIRST else position[None, :]) <= beside(last_seen, KEYS_FIRST)
+            top, total, acc = attend_tile(q_parts, keys, values, visible, scale, top, total, acc, KEYS_FIRST, UPCAST)
+            step = tl.where(start < FRONT, FRONT_STEP, STEP)
+            if ((start + BLOCK_KEYS) % step == 0) | (start + BLOCK_KEYS >= stop):
+                if in_one:
+                    all_top, all_total, all_acc = fold(all_top, all_total, all_acc, top, total, acc, KEYS_FIRST)
+                else:
+                    _store_partial(
+                        partial, stats, first_unit + split, row, valid, top, total, acc,
+                        ALL_ROWS, VALUE_DIM, PARTS, KEYS_FIRST,
+                    )  # fmt: skip
+                split += 1
+                top, total, acc = no_sum(BLOCK_ROWS, VALUE_DIM, PARTS, KEYS_FIRST)
+        if slot_pieces == 1:
+            for i in tl.static_range(PARTS):
+                mean = normalised(all_total, all_acc[i], KEYS_FIRST)
+                store_rows(slot_out, row, valid, mean, VALUE_DIM, i, KEYS_FIRST)
+        else:
+            if in_one:
+                _store_partial(
+                    partial, stats, first_unit + end_split - 1, row, valid, all_top, all_total, all_acc,
+                    ALL_ROWS, VALUE_DIM, PARTS, KEYS_FIRST,
+                )  # fmt: skip
+            if not COMBINE:
+                tl.debug_barrier()  # what other threads have stored counts as this one's from here on
+                counter = arrived + slot * tl.num_programs(0) + lane
+                if tl.atomic_add(counter, 1, sem="acq_rel") == slot_pieces - 1:
+                    tl.store(counter, 0)
+                    splits = split_count(length, FRONT_STEP, FRONT, STEP)
+                    _fold_partials(
+                        partial, stats, slot_out, first_unit, folded - 1, splits, row, valid,
+                        ALL_ROWS, VALUE_DIM, BLOCK_ROWS,
+                    )  # fmt: skip
 
-        # A program that starts the slot folds all its splits in one go; one that takes it over leaves each by itself.
-        for part in range(begin, tl.where(begin == 0, tl.minimum(end, 1), end)):
-            start = split_start(part, FRONT_STEP, FRONT, STEP)
-            part_stop = tl.where(begin == 0, stop, split_start(part + 1, FRONT_STEP, FRONT, STEP))
-            total, top, acc = _attend(
-                q_parts, cache, block_table + slot * table_stride, start,
-                tl.minimum(part_stop, stop), length, length - Q_LEN + query, kv_head, scale, plane_stride,
-                KV_HEADS, VALUE_DIM, REST, LATENT, PAGE, BLOCK_ROWS, BLOCK_KEYS, PARTS, KEYS_FIRST,
-                FRONT_STEP, FRONT, STEP, UPCAST,
-            )  # fmt: skip
-            if (begin == 0) & (folded == splits):
-                for i in tl.static_range(PARTS):
-                    mean = normalised(total, acc[i], KEYS_FIRST)
-                    store_rows(out + slot_row * VALUE_DIM, row, valid, mean, VALUE_DIM, i, KEYS_FIRST)
-            else:
-                unit = base_unit + start // FRONT_STEP
-                tl.store(stats + unit * (2 * ALL_ROWS) + row, top, mask=valid)
-                tl.store(stats + unit * (2 * ALL_ROWS) + ALL_ROWS + row, total, mask=valid)
-                unit_acc = partial + unit.to(tl.int64) * (ALL_ROWS * VALUE_DIM)
-                for i in tl.static_range(PARTS):
-                    store_rows(unit_acc, row, valid, acc[i], VALUE_DIM, i, KEYS_FIRST)
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _fold_partials(  # type: ignore[no-untyped-def]
+    partial, stats, out, first_unit, begin, end, row, valid,
+    ALL_ROWS: tl.constexpr, VALUE_DIM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The result of a slot whose splits from `begin` on are in the scratch."""
+    top, total, acc = no_sum(ROWS, VALUE_DIM, 1, False)
+    for split in tl.range(begin, end, loop_unroll_factor=4 if ROWS == 1 else 2):
+        unit = first_unit + split
+        split_stats = stats + unit * (2 * ALL_ROWS) + row
+        split_acc = load_rows(partial + unit.to(tl.int64) * (ALL_ROWS * VALUE_DIM), row, valid, VALUE_DIM, 0, VALUE_DIM)
+        split_top = tl.load(split_stats, mask=valid, other=float("-inf"))
+        split_total = tl.load(split_stats + ALL_ROWS, mask=valid, other=0.0)
+        top, total, acc = fold(top, total, acc, split_top, split_total, (split_acc,), False)
+    store_rows(out, row, valid, normalised(total, acc[0], False), VALUE_DIM, 0, False)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _combine_kernel(  # type: ignore[no-untyped-def]
-    lengths, out, slot_plans, partial, stats,
-    HEADS: tl.constexpr, Q_LEN: tl.constexpr, VALUE_DIM: tl.constexpr, ROWS: tl.constexpr,
+    lengths, out, slot_plans, partial, stats, ALL_ROWS: tl.constexpr, VALUE_DIM: tl.constexpr,
     FRONT_STEP: tl.constexpr, FRONT: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (slot, block of rows) folds what several programs left of a slot; idle slots get 0."""
+    """Program (slot, row) folds what several pieces left."""
     if PDL:
         gdc_launch_dependents()
-    slot = tl.program_id(0)
-    ALL_ROWS: tl.constexpr = Q_LEN * HEADS
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    valid = row < ALL_ROWS
-    base_unit, folded = tl.load(slot_plans + slot * 2), tl.load(slot_plans + slot * 2 + 1)
-    splits = split_count(tl.load(lengths + slot), FRONT_STEP, FRONT, STEP)
+    slot, row = tl.program_id(0), tl.program_id(1) + tl.arange(0, 1)
+    first_unit, folded = load_early(slot_plans + slot * 3), load_early(slot_plans + slot * 3 + 1)
+    splits = split_count(load_early(lengths + slot), FRONT_STEP, FRONT, STEP)
+    several = load_early(slot_plans + slot * 3 + 2) > 1
     if PDL:
         gdc_wait()
-    if (folded < splits) | (splits == 0):
-        top, total, acc = no_sum(ROWS, VALUE_DIM, 1, False)
-        for split in tl.range(tl.maximum(folded - 1, 0), splits, loop_unroll_factor=4):
-            start = split_start(split, FRONT_STEP, FRONT, STEP) // FRONT_STEP
-            unit = base_unit + tl.where(split < folded, 0, start)
-            split_stats = stats + unit * (2 * ALL_ROWS) + row
-            split_acc = load_rows(
-                partial + unit.to(tl.int64) * (ALL_ROWS * VALUE_DIM), row, valid, VALUE_DIM, 0, VALUE_DIM
-            )
-            split_top = tl.load(split_stats, mask=valid, other=float("-inf"))
-            split_total = tl.load(split_stats + ALL_ROWS, mask=valid, other=0.0)
-            top, total, acc = fold(top, total, acc, split_top, split_total, (split_acc,), False)
-        slot_out = out + slot * (ALL_ROWS * VALUE_DIM)
-        store_rows(slot_out, row, valid, normalised(total, acc[0], False), VALUE_DIM, 0, False)
+    if several:
+        _fold_partials(
+            partial, stats, out + slot * (ALL_ROWS * VALUE_DIM), first_unit, folded - 1, splits, row, row < ALL_ROWS,
+            ALL_ROWS, VALUE_DIM, 1,
+        )  # fmt: skip

@@ -1,24 +1,27 @@
 """Who computes what in a step's decode attention, worked out on the device once a step and shared by all layers.
 
-Contexts are cut into *splits* at a fixed table of positions, each slot's splits are laid end to end, and every program
-gets an equal run of that line, measured in units of the table's smallest step (FlashMLA's tile scheduler and Stream-K,
-arXiv 2301.03598, with cuts that do not move):
+Contexts are cut into *splits* at a fixed table of positions. Every slot gets as many *pieces*, runs of its splits, as
+let the longest piece be short: slots of up to q tokens get one, of up to 2q two, and q is the least that leaves no more
+pieces than programs.
 
-    splits   | slot 0: 0 1 2 3 4 | slot 1: 0 | slot 3: 0 1 2 3 |
-    programs | 0         | 1           | 2           | 3       |
+    splits   | slot 0: 0 1 2 3 4 5 | slot 1: 0 | slot 3: 0 1 2 3 |
+    programs | 0       | 1         | 2         | 3     | 4       |
 
 A slot's result is always the fold of its splits' results, one by one from the first, whoever computes them: programs
-change the time it takes and not a bit of it. A program that starts a slot folds in registers as far as it goes, and
-a slot that ends there needs no scratch at all. A program that takes a slot over leaves every split's partial result.
+change the time it takes and not a bit of it. A slot of one piece needs no scratch at all. Of several, the first leaves
+the fold of its splits and the others each split's own result, and the last program to end folds them all.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import triton
 import triton.language as tl
+
+GRAIN = 64  # tokens: lengths of pieces are tried in multiples of this
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,6 @@ class SplitTable:
         front = self.front // self.front_step
         return min(split, front) * self.front_step + max(split - front, 0) * self.step
 
-    def units(self, tokens: int) -> int:
-        return -(-tokens // self.front_step)
-
 
 @dataclass(frozen=True)
 class DecodeShape:
@@ -77,11 +77,12 @@ class DecodeShape:
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """How a layer is cut into programs. All but `programs_per_sm` and `pdl` may change bits.
+    """How a layer is cut into programs. All but `programs_per_sm`, `combine` and `pdl` may change bits.
 
-    Tiles are `block_rows` (query, head) pairs by `block_keys` keys, whose columns come in `parts`. `pdl` overlaps both
-    kernels' starts with the ends of those in front of them (programmatic dependent launch): then plan, lengths and
-    block table must have been written before the kernel in front began.
+    Tiles are `block_rows` (query, head) pairs by `block_keys` keys, whose columns come in `parts`. With `combine` a
+    second kernel folds what a slot's pieces left, a program a row, which suits many partial results; without, the last
+    piece's program does. `pdl` overlaps kernels' starts with the ends of those in front of them (programmatic
+    dependent launch): then plan, lengths and block table must have been written before the kernel in front began.
     """
 
     block_rows: int = 16
@@ -93,14 +94,16 @@ class DecodeTiles:
     pdl: bool = False
     splits: SplitTable = SplitTable()
     parts: int = 1
+    combine: bool = False
 
     def lanes(self, shape: DecodeShape) -> int:
         """Programs that run one plan beside each other: one for each KV head and block of rows."""
         return shape.kv_heads * -(-shape.rows // self.block_rows)
 
-    def programs(self, shape: DecodeShape, num_sms: int) -> int:
-        """Programs of one lane."""
-        return max(1, num_sms * self.programs_per_sm // self.lanes(shape))
+    def programs(self, shape: DecodeShape, num_sms: int, slots: int) -> int:
+        """Programs of one lane: as many as run at once, or for more slots a multiple of that."""
+        at_once = max(1, num_sms * self.programs_per_sm // self.lanes(shape))
+        return at_once * -(-slots // at_once)
 
 
 def choose_tiles(shape: DecodeShape, slots: int, deterministic: bool = False) -> DecodeTiles:
@@ -112,57 +115,64 @@ def choose_tiles(shape: DecodeShape, slots: int, deterministic: bool = False) ->
     """
     if not shape.latent:
         return DecodeTiles(16 if shape.rows <= 16 else 32, keys_first=True, programs_per_sm=2)
-    wide = 256 if deterministic else 512
-    splits = SplitTable(wide, 0, wide) if deterministic or slots > 16 else SplitTable()
+    splits = SplitTable() if slots <= 16 else SplitTable(256, 2048, 512) if slots <= 64 else SplitTable(512, 0, 512)
+    if deterministic:
+        splits = SplitTable(256, 2048, 512)
     parts = 4 if shape.value_dim >= 256 else 1
-    return DecodeTiles(num_warps=8, pdl=True, splits=splits, parts=parts)
+    return DecodeTiles(num_warps=8, pdl=True, splits=splits, parts=parts, combine=slots <= 16)
 
 
 @dataclass(frozen=True, eq=False)
 class DecodePlan:
-    """`order` [slots] int32 lists the live slots, so that no program walks over idle ones.
+    """`pieces` [programs, 4] int32: each program's slot (-1: none), the first of its splits, the one behind its last,
+    and an idle slot whose result it sets to 0 (-1: none).
 
-    `boundaries` [programs + 1, 2] int32: where each program starts, as a place in `order` and a split; last the end.
-    `slots` [slots, 2] int32: the unit where a slot's line starts, and how many splits the program there folds.
+    `slots` [slots, 3] int32: where in the scratch a slot's splits begin, how many splits its first piece folds, and
+    how many pieces it has.
     """
 
-    order: torch.Tensor
-    boundaries: torch.Tensor
+    pieces: torch.Tensor
     slots: torch.Tensor
     splits: SplitTable
 
     @property
     def programs(self) -> int:
-        return len(self.boundaries) - 1
+        return len(self.pieces)
 
 
 @dataclass(frozen=True, eq=False)
 class DecodeScratch:
     """Partial results of splits, shared by all layers that run one after another.
 
-    `acc` [units, q_len * heads, value_dim] float32, not normalised, and `stats` [units, 2, q_len * heads] float32: the
-    maximum (base 2) and the sum that belong to it. A unit is `front_step` tokens of the plan's line.
+    `acc` [splits, q_len * heads, value_dim] float32, not normalised, and `stats` [splits, 2, q_len * heads] float32:
+    the maximum (base 2) and the sum that belong to it. `arrived` [slots, lanes] int32: how many pieces have ended, 0
+    between two layers.
     """
 
     acc: torch.Tensor
     stats: torch.Tensor
+    arrived: torch.Tensor
 
 
 def new_decode_scratch(
-    shape: DecodeShape, splits: SplitTable, slots: int, max_tokens: int, device: torch.device
+    shape: DecodeShape, tiles: DecodeTiles, slots: int, max_tokens: int, device: torch.device
 ) -> DecodeScratch:
     """Room for `slots` contexts of at most `max_tokens` tokens in all; a page that slots share counts for each."""
-    units, rows = splits.units(max_tokens) + slots, shape.q_len * shape.heads
-    acc = torch.empty(units, rows, shape.value_dim, dtype=torch.float32, device=device)
-    return DecodeScratch(acc, torch.empty(units, 2, rows, dtype=torch.float32, device=device))
+    splits, rows = -(-max_tokens // tiles.splits.front_step) + slots, shape.q_len * shape.heads
+    acc = torch.empty(splits, rows, shape.value_dim, dtype=torch.float32, device=device)
+    stats = torch.empty(splits, 2, rows, dtype=torch.float32, device=device)
+    return DecodeScratch(acc, stats, torch.zeros(slots, tiles.lanes(shape), dtype=torch.int32, device=device))
 
 
 def new_decode_plan(slots: int, programs: int, splits: SplitTable, device: torch.device) -> DecodePlan:
-    """Room for the plan of `slots` slots over `programs` programs, to be filled each step by `plan_decode`."""
-    order, boundaries, slot_plans = (
-        torch.zeros(shape, dtype=torch.int32, device=device) for shape in ((slots,), (programs + 1, 2), (slots, 2))
-    )
-    return DecodePlan(order, boundaries, slot_plans, splits)
+    """Room for the plan of `slots` slots over `programs` programs, to be filled each step by `plan_decode`.
+
+    Raises ValueError for fewer programs than slots.
+    """
+    if programs < slots:
+        raise ValueError(f"{slots} slots need as many programs, found {programs}")
+    pieces, slot_plans = (torch.zeros(shape, dtype=torch.int32, device=device) for shape in ((programs, 4), (slots, 3)))
+    return DecodePlan(pieces, slot_plans, splits)
 
 
 def plan_decode(lengths: torch.Tensor, plan: DecodePlan) -> None:
@@ -171,29 +181,33 @@ def plan_decode(lengths: torch.Tensor, plan: DecodePlan) -> None:
     if lengths.shape != (slots,) or lengths.dtype != torch.int32 or not lengths.is_contiguous():
         raise ValueError(f"lengths: found {lengths.dtype} {tuple(lengths.shape)}; the plan is for int32 [{slots}]")
     table = plan.splits
-    _plan_kernel[(max(plan.programs + 1, slots),)](
-        lengths, plan.order, plan.boundaries, plan.slots, slots, plan.programs,
-        SLOTS=triton.next_power_of_2(slots), FRONT_STEP=table.front_step, FRONT=table.front, STEP=table.step,
+    _plan_kernel[(plan.programs,)](
+        lengths, plan.pieces, plan.slots, slots, plan.programs,
+        SLOTS=triton.next_power_of_2(slots), GRAIN=GRAIN,
+        FRONT_STEP=table.front_step, FRONT=table.front, STEP=table.step,
     )  # fmt: skip
 
 
 def plan_reference(lengths: list[int], programs: int, splits: SplitTable) -> tuple[list[list[int]], list[list[int]]]:
-    """The plan's `boundaries` and `slots`. A program without work starts where the next one does."""
-    order = [slot for slot, length in enumerate(lengths) if length]
-    units = [splits.units(length) for length in lengths]
-    bases = [sum(units[:slot]) for slot in range(len(units))]
-    total = sum(units)
-    line = [
-        (bases[slot] + splits.units(splits.start(split)), slot, split)
-        for slot, length in enumerate(lengths)
-        for split in range(splits.count(length))
-    ]
-    cuts = [program * total // programs for program in range(programs + 1)]
-    starts = [(at, order.index(slot), split) for at, slot, split in line]
-    boundaries = [next(([place, split] for at, place, split in starts if at >= cut), [len(order), 0]) for cut in cuts]
-    after = [next((cut for cut in cuts if cut > base), total) for base in bases]
-    folded = [sum(s == slot and at < after[slot] for at, s, _ in line) for slot in range(len(lengths))]
-    return boundaries, [list(pair) for pair in zip(bases, folded, strict=True)]
+    """The plan's `pieces` and `slots`."""
+    longest = max(lengths)
+    counts = [splits.count(length) for length in lengths]
+    sizes = (
+        [min(count, -(-length // size)) for length, count in zip(lengths, counts, strict=True)]
+        for size in range(GRAIN, longest + GRAIN, GRAIN)
+    )
+    numbers = next((pieces for pieces in sizes if sum(pieces) <= programs), [0] * len(lengths))
+    pieces, slots = [], []
+    for slot, (length, count, number) in enumerate(zip(lengths, counts, numbers, strict=True)):
+        ideal = [length * cut // number for cut in range(number)]
+        cuts = [min(range(count), key=lambda split, at=at: (abs(splits.start(split) - at), split)) for at in ideal]  # type: ignore[misc]
+        cuts.append(count)
+        pieces += [[slot, first, end] for first, end in pairwise(cuts)]
+        slots.append([sum(counts[:slot]), cuts[1] if number else 0, number])
+    idle = [slot for slot, length in enumerate(lengths) if not length]
+    pieces += [[-1, 0, 0]] * (programs - len(pieces))
+    zeroed = [-1] * (programs - len(idle)) + idle[::-1]
+    return [[*piece, slot] for piece, slot in zip(pieces, zeroed, strict=True)], slots
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -210,41 +224,61 @@ def split_start(split, FRONT_STEP: tl.constexpr, FRONT: tl.constexpr, STEP: tl.c
     return tl.minimum(split, FRONT_SPLITS) * FRONT_STEP + tl.maximum(split - FRONT_SPLITS, 0) * STEP
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _cut(  # type: ignore[no-untyped-def]
+    piece, pieces, length, splits, FRONT_STEP: tl.constexpr, FRONT: tl.constexpr, STEP: tl.constexpr
+):
+    """The split that `piece` of a slot's `pieces` starts with: the one that starts nearest to an equal share."""
+    at = (piece.to(tl.int64) * length // tl.maximum(pieces, 1)).to(tl.int32)
+    split = split_count(at + 1, FRONT_STEP, FRONT, STEP) - 1
+    start, after = split_start(split, FRONT_STEP, FRONT, STEP), split_start(split + 1, FRONT_STEP, FRONT, STEP)
+    split += (after - at < at - start).to(tl.int32)
+    return tl.where(piece == pieces, splits, tl.minimum(split, splits - 1))
+
+
 @triton.jit(do_not_specialize=["slots", "programs"])  # type: ignore[untyped-decorator]
 def _plan_kernel(  # type: ignore[no-untyped-def]
-    lengths, order, boundaries, slot_plans, slots, programs,
-    SLOTS: tl.constexpr, FRONT_STEP: tl.constexpr, FRONT: tl.constexpr, STEP: tl.constexpr,
+    lengths, pieces, slot_plans, slots, programs,
+    SLOTS: tl.constexpr, GRAIN: tl.constexpr, FRONT_STEP: tl.constexpr, FRONT: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Program i works out boundary i and slot i."""
+    """Program i works out piece i and slot i."""
     index = tl.program_id(0)
     slot = tl.arange(0, SLOTS)
     length = tl.load(lengths + slot, mask=slot < slots, other=0)
-    units = (length + FRONT_STEP - 1) // FRONT_STEP
-    ends = tl.cumsum(units)
-    total = tl.sum(units)
-    live = length > 0
-    place = tl.cumsum(live.to(tl.int32)) - 1
+    splits = split_count(length, FRONT_STEP, FRONT, STEP)
+    too_small, size = 0, (tl.max(length) + GRAIN - 1) // GRAIN
+    while size - too_small > 1:
+        half = (too_small + size) // 2
+        fits = tl.sum(tl.minimum(splits, (length + half * GRAIN - 1) // (half * GRAIN))) <= programs
+        size = tl.where(fits, half, size)
+        too_small = tl.where(fits, too_small, half)
+    size = tl.maximum(size, 1) * GRAIN
+    number = tl.minimum(splits, (length + size - 1) // size)
+    ends = tl.cumsum(number)
 
-    if index <= programs:
-        cut = index * total // programs
-        first = tl.sum(((ends <= cut) & live).to(tl.int32))
-        here = live & (place == first)
-        base = tl.sum(tl.where(here, ends - units, 0))
-        split = split_count((cut - base) * FRONT_STEP, FRONT_STEP, FRONT, STEP)
-        past = split >= split_count(tl.sum(tl.where(here, length, 0)), FRONT_STEP, FRONT, STEP)
-        tl.store(boundaries + index * 2, tl.minimum(first + past.to(tl.int32), tl.sum(live.to(tl.int32))))
-        tl.store(boundaries + index * 2 + 1, tl.where(past, 0, split))
+    own = tl.sum((ends <= index).to(tl.int32))  # the slot whose piece this is
+    mine = slot == own
+    piece = index - tl.sum(tl.where(mine, ends - number, 0))
+    own_number, own_length, own_splits = (
+        tl.sum(tl.where(mine, number, 0)), tl.sum(tl.where(mine, length, 0)), tl.sum(tl.where(mine, splits, 0))
+    )  # fmt: skip
+    idle = (length == 0) & (slot < slots)
+    zeroed = idle & (tl.cumsum(idle.to(tl.int32)) == programs - index)  # by the last programs: the first have work
+    real = index < tl.sum(number)
+    first = _cut(piece, own_number, own_length, own_splits, FRONT_STEP, FRONT, STEP)
+    end = _cut(piece + 1, own_number, own_length, own_splits, FRONT_STEP, FRONT, STEP)
+    tl.store(pieces + index * 4, tl.where(real, own, -1))
+    tl.store(pieces + index * 4 + 1, tl.where(real, first, 0))
+    tl.store(pieces + index * 4 + 2, tl.where(real, end, 0))
+    tl.store(pieces + index * 4 + 3, tl.sum(tl.where(zeroed, slot + 1, 0)) - 1)
 
     if index < slots:
-        tl.store(
-            order + tl.sum(tl.where(slot == index, place, 0)),
-            index,
-            mask=tl.sum((live & (slot == index)).to(tl.int32)) > 0,
-        )
-        base = tl.sum(tl.where(slot == index, ends - units, 0))
-        splits = split_count(tl.sum(tl.where(slot == index, length, 0)), FRONT_STEP, FRONT, STEP)
-        owner = ((base + 1) * programs - 1) // tl.maximum(total, 1)
-        after = (owner + 1) * total // programs
-        folded = tl.minimum(splits, split_count((after - base) * FRONT_STEP, FRONT_STEP, FRONT, STEP))
-        tl.store(slot_plans + index * 2, base)
-        tl.store(slot_plans + index * 2 + 1, folded)
+        here = slot == index
+        base = tl.sum(tl.where(slot < index, splits, 0))
+        here_number, here_length, here_splits = (
+            tl.sum(tl.where(here, number, 0)), tl.sum(tl.where(here, length, 0)), tl.sum(tl.where(here, splits, 0))
+        )  # fmt: skip
+        folded = _cut(tl.minimum(here_number, 1), here_number, here_length, here_splits, FRONT_STEP, FRONT, STEP)
+        tl.store(slot_plans + index * 3, base)
+        tl.store(slot_plans + index * 3 + 1, tl.where(here_number > 0, folded, 0))
+        tl.store(slot_plans + index * 3 + 2, here_number)

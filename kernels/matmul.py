@@ -22,7 +22,10 @@ from splitserve.kernels.prefetch import prefetch_l2
 
 @dataclass(frozen=True)
 class MatmulTiles:
-    """A program computes `block_n` columns of `block_m` rows over one of `splits` parts of K, `block_k` at a time."""
+    """A program computes `block_n` columns of `block_m` rows over one of `splits` parts of K, `block_k` at a time.
+
+    `in_order`: kernels behind this one begin once the one in front has ended, and may read what that wrote.
+    """
 
     block_m: int
     block_n: int
@@ -30,10 +33,11 @@ class MatmulTiles:
     splits: int
     warps: int = 4
     stages: int = 3
+    in_order: bool = False
 
 
 FEW_ROWS = 256  # up to which products of heads are faster here than torch's
-GATE = MatmulTiles(16, 64, 256, 8)  # a router's few columns
+GATE = MatmulTiles(16, 64, 256, 8, in_order=True)  # a router's few columns
 FIXED = MatmulTiles(64, 64, 128, 1, stages=4)  # for bits that may not depend on the number of rows
 
 
@@ -93,7 +97,8 @@ def headwise_terms(x: torch.Tensor, weight: torch.Tensor, tiles: MatmulTiles, ou
             x.stride(0), x.stride(1), out.stride(0), out.stride(1), out.stride(2),
             N=columns, K=width, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
             STEPS=steps, TMA=tma, UPCAST=INTERPRETING and x.dtype != torch.float32,
-            PDL=not INTERPRETING, launch_pdl=not INTERPRETING, num_warps=tiles.warps, num_stages=tiles.stages,
+            IN_ORDER=tiles.in_order, PDL=not INTERPRETING, launch_pdl=not INTERPRETING,
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
 
@@ -123,10 +128,10 @@ def _matmul_kernel(  # type: ignore[no-untyped-def]
     x, weight, x_tiles, weight_tiles, out, rows,
     x_stride, x_head_stride, out_split_stride, out_stride, out_head_stride,
     N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STEPS: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    STEPS: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, IN_ORDER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, head, split). Tiles of the same columns stand side by side and share the weight in L2."""
-    if PDL:
+    if PDL and not IN_ORDER:
         gdc_launch_dependents()
     row_tiles = tl.cdiv(rows, BLOCK_M)
     head, split = tl.program_id(1), tl.program_id(2)
@@ -140,6 +145,8 @@ def _matmul_kernel(  # type: ignore[no-untyped-def]
         weights = _load_tile(weight, column, N, K, first, K, BLOCK_K)
         if PDL:
             gdc_wait()
+            if IN_ORDER:
+                gdc_launch_dependents()
         acc = _multiply_add(weights, _load_tile(x, row, rows, x_stride, first, K, BLOCK_K), acc, UPCAST)
     else:
         if PDL:
@@ -147,6 +154,8 @@ def _matmul_kernel(  # type: ignore[no-untyped-def]
                 size: tl.constexpr = STEPS * BLOCK_K * weight.dtype.element_ty.primitive_bitwidth // 8
                 prefetch_l2(weight + tl.minimum(column, N - 1) * K + first, size)
             gdc_wait()
+            if IN_ORDER:
+                gdc_launch_dependents()
         for step in range(STEPS):
             k = first + step * BLOCK_K
             if TMA:

@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from splitserve.kernels.launch import INTERPRETING
 from splitserve.kernels.moe_schedule import BlockSchedule
 from splitserve.kernels.moe_tiles import ExpertTiles, GemmTile
+from splitserve.kernels.prefetch import load_early
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,8 @@ def grouped_gate_up(
     `x` [rows, hidden] and `gate_up` [experts, 2 * width, hidden], gate rows first, are contiguous. Slots of no choice
     or of rows that are not live hold anything.
     """
-    tile, hidden, width = tiles.gate_up, x.shape[1], gate_up.shape[1] // 2
+    hidden, width = x.shape[1], gate_up.shape[1] // 2
+    tile = tiles.gate_up.for_width(hidden)
     shared_slots = choices.shared * choices.shared_blocks(tiles.shared_m) * tiles.shared_m
     act = x.new_empty(schedule.slots.numel() + shared_slots, width)
     _gate_up_kernel[(_programs(tile, tiles, schedule, choices, width, sms),)](
@@ -61,7 +63,8 @@ def grouped_down(
 
     `act` as `grouped_gate_up` returns it; `down` [experts, hidden, width].
     """
-    tile, (experts, hidden, width) = tiles.down, down.shape
+    experts, hidden, width = down.shape
+    tile = tiles.down.for_width(width)
     parts = act.new_empty(choices.chosen.numel(), hidden)
     _down_kernel[(_programs(tile, tiles, schedule, choices, hidden, sms),)](
         _tiled(act, tiles.block_m, tile), _tiled(act, tiles.shared_m or tiles.block_m, tile),
@@ -161,7 +164,7 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
-        # The schedule lets this kernel start when all in front of it has ended: shared experts need no more.
+        # The gate's product (`matmul.GATE`) lets those behind it start when x is there: shared experts need no more.
         if SHARED == 0:
             gdc_wait()
     n_tiles: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
@@ -169,7 +172,7 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
     programs = tl.num_programs(0)
     first = tl.program_id(0)
     if SHARED:
-        row_blocks = tl.cdiv(tl.load(live_rows), SHARED_M)
+        row_blocks = tl.cdiv(load_early(live_rows), SHARED_M)
         shared_tiles = SHARED * n_tiles * row_blocks
         for tile in tl.range(tl.program_id(0), shared_tiles, programs):
             expert, column, row_block = _shared_place(tile, row_blocks, n_tiles)

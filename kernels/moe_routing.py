@@ -11,10 +11,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from splitserve.kernels.launch import INTERPRETING
-from splitserve.kernels.prefetch import prefetch_l2
 from splitserve.kernels.rms_norm import load_terms
-
-PREFETCH_BYTES = 24 << 20  # about half of an H100's L2
 
 
 @dataclass(frozen=True)
@@ -35,21 +32,16 @@ class Routing:
 
 
 def route(
-    logits: torch.Tensor,
-    bias: torch.Tensor | None,
-    rule: Routing,
-    shared: int = 0,
-    ahead: torch.Tensor | None = None,
+    logits: torch.Tensor, bias: torch.Tensor | None, rule: Routing, shared: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose experts by `logits` [rows, experts] and, for sigmoid scores, `bias` [experts], all float32.
 
     On a GPU, `logits` [terms, rows, experts] may be a sum still to be taken.
     Returns weights [rows, top_k + shared] float32 and expert ids [rows, top_k + shared] int64, the best choice first.
     The last `shared` choices are the same for all rows: the ids behind those of the experts, with weight 1.
-    On a GPU the rows of `ahead` [n, bytes], weights that are needed next, are asked into L2 meanwhile.
     """
     if logits.is_cuda:
-        return triton_route(logits, bias, rule, shared, ahead)
+        return triton_route(logits, bias, rule, shared)
     scores = logits.softmax(-1) if rule.scoring == "softmax" else logits.sigmoid()
     merit = scores if bias is None else scores + bias
     if rule.top_groups < rule.groups:
@@ -73,26 +65,18 @@ def _within_best_groups(merit: torch.Tensor, rule: Routing) -> torch.Tensor:
 
 
 def triton_route(
-    logits: torch.Tensor,
-    bias: torch.Tensor | None,
-    rule: Routing,
-    shared: int = 0,
-    ahead: torch.Tensor | None = None,
+    logits: torch.Tensor, bias: torch.Tensor | None, rule: Routing, shared: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same as one kernel; of equal experts the one with the lower id. `groups` must be a power of two."""
     terms, rows, experts = (logits if logits.dim() == 3 else logits.unsqueeze(0)).shape
     groups = rule.groups if rule.top_groups < rule.groups else 1
     weights = logits.new_empty(rows, rule.top_k + shared)
     chosen = torch.empty(rows, rule.top_k + shared, dtype=torch.int64, device=logits.device)
-    prefetched = 0 if ahead is None or INTERPRETING else min(len(ahead), PREFETCH_BYTES // ahead.stride(0))
-    _route[(rows + triton.cdiv(prefetched, 32),)](
+    _route[(rows,)](
         logits,
         bias,
         weights,
         chosen,
-        ahead if prefetched else None,
-        rows,
-        prefetched,
         rule.scale,
         logits.stride(0),
         terms=terms,
@@ -105,7 +89,6 @@ def triton_route(
         normalise=rule.normalise,
         block=groups * triton.next_power_of_2(experts // groups),
         block_k=triton.next_power_of_2(rule.top_k + shared),
-        ahead_bytes=ahead.stride(0) if ahead is not None and prefetched else 0,
         pdl=not INTERPRETING,
         launch_pdl=not INTERPRETING,
         num_warps=1 if experts <= 128 else 2,
@@ -113,21 +96,15 @@ def triton_route(
     return weights, chosen
 
 
-@triton.jit(do_not_specialize=["rows", "prefetched"])  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]
 def _route(  # type: ignore[no-untyped-def]
-    logits, bias, weights, chosen, ahead, rows, prefetched, scale, term_stride,
+    logits, bias, weights, chosen, scale, term_stride,
     terms: tl.constexpr, experts: tl.constexpr, top_k: tl.constexpr, shared: tl.constexpr, groups: tl.constexpr,
     top_groups: tl.constexpr, sigmoid: tl.constexpr, normalise: tl.constexpr, block: tl.constexpr,
-    block_k: tl.constexpr, ahead_bytes: tl.constexpr, pdl: tl.constexpr,
+    block_k: tl.constexpr, pdl: tl.constexpr,
 ):  # fmt: skip
     if pdl:
         gdc_launch_dependents()
-    if ahead is not None:  # noqa: SIM102 - Triton compiles what an `and` guards all the same
-        if tl.program_id(0) >= rows:
-            ahead_row = tl.minimum((tl.program_id(0) - rows) * 32 + tl.arange(0, 32), prefetched - 1)
-            prefetch_l2(ahead + ahead_row.to(tl.int64) * ahead_bytes, ahead_bytes)
-            return
-    if pdl:
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, block)  # groups side by side, each padded to a power of two

@@ -58,15 +58,15 @@ def block_schedule(
     """Schedule the choices `chosen` [rows, top_k] (int32 or int64, contiguous) of the first `live_rows` [1] rows.
 
     Choices outside `first_expert` to `first_expert + num_experts` belong to other ranks and get no slot. `pdl` lets
-    the kernel start while the one before it ends (programmatic dependent launch).
+    the kernel, and with it those behind, start while the one before it runs (programmatic dependent launch).
     """
     num_choices = chosen.numel()
     chunk = min(CHUNK, max(32, triton.next_power_of_2(num_choices)))
     chunks, bins = triton.cdiv(num_choices, chunk), triton.next_power_of_2(num_experts)
     blocks = max_blocks(num_choices, num_experts, block_m)
-    slots, experts, num_blocks, counts = (
-        chosen.new_empty(size, dtype=torch.int32) for size in (blocks * block_m, blocks, 1, chunks * bins)
-    )
+    # One allocation, so that the scratch's memory lives as long as the schedule: the kernel behind may begin early.
+    sizes = [chunks * bins, blocks * block_m, blocks, 1]
+    counts, slots, experts, num_blocks = chosen.new_empty(sum(sizes), dtype=torch.int32).split(sizes)
     shape = {"TOP_K": chosen.shape[1], "FIRST": first_expert, "EXPERTS": num_experts}
     options = {"CHUNK": chunk, "BINS": bins, "PDL": pdl, "launch_pdl": pdl, "num_warps": 4 if chunk <= 1024 else 8}
     if chunks > 1:
@@ -121,8 +121,8 @@ def _count_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """counts [chunks, BINS]: how often a chunk's choices name each expert."""
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     chunk = tl.program_id(0)
     _, experts = _live_choices(chosen, live_rows, chunk, rows, TOP_K, FIRST, EXPERTS, CHUNK)
     tl.store(counts + chunk * BINS + tl.arange(0, BINS), tl.histogram(experts, BINS, mask=experts >= 0))
@@ -136,8 +136,8 @@ def _place_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Program (expert, chunk) gives slots to the chunk's choices of that expert."""
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     expert, chunk = tl.program_id(0), tl.program_id(1)
     choices, experts = _live_choices(chosen, live_rows, chunk, rows, TOP_K, FIRST, EXPERTS, CHUNK)
     bins = tl.arange(0, BINS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 
@@ -22,6 +22,10 @@ class GemmTile:
     programs_per_sm: int
     swap: bool = False
     shared_stages: int = 0
+
+    def for_width(self, k: int) -> GemmTile:
+        """The tile for products over `k`: where one `block_k` would do, Triton keeps two loops' buffers at once."""
+        return self if k > self.block_k else replace(self, block_k=self.block_k // 2)
 
 
 @dataclass(frozen=True)

@@ -17,3 +17,9 @@ def prefetch_l2(pointers, size):  # type: ignore[no-untyped-def]
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def load_early(pointers):  # type: ignore[no-untyped-def]
+    """Load what an earlier kernel wrote, in front of `gdc_wait`. L1 may hold what was there before, until that wait."""
+    return tl.load(pointers, cache_modifier=".cg")

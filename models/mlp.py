@@ -84,8 +84,6 @@ class MixtureOfExperts:
     def pack(self, deterministic: bool) -> None:
         self._fixed = deterministic
         self._shared_choices = self._append_shared() if self._gate.is_cuda and self._tp.size == 1 else 0
-        shared_rows = self._gate_up[len(self._gate_up) - self._shared_choices :].flatten(0, 1)
-        self._shared_rows = shared_rows.view(torch.uint8) if self._shared_choices else None  # whose tiles come first
         if self._shared is not None:
             self._shared.pack(deterministic)
         if self._gate.is_cuda:
@@ -98,8 +96,7 @@ class MixtureOfExperts:
         """[tokens, hidden] -> [tokens, hidden]. A token's parts are added in the order of its choices."""
         if x.is_cuda:
             logits = _gate_scores(x, self._gate, self._fixed)
-            ahead = self._shared_rows if len(x) <= matmul.FEW_ROWS else None
-            weights, chosen = route(logits, self._bias, self._routing, self._shared_choices, ahead)
+            weights, chosen = route(logits, self._bias, self._routing, self._shared_choices)
             experts = Experts(self._gate_up, self._down, self._experts.start, self._shared_choices)
             tiles = expert_tiles(len(x), chosen.shape[1], len(experts), self._fixed)
             routing = x, weights, chosen, experts, sequences.live_rows(len(x))

@@ -156,8 +156,8 @@ class Bench:
     def attention(
         self, shape: DecodeShape, tile: DecodeTiles, table: torch.Tensor, lengths: torch.Tensor, tokens: int
     ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]:
-        plan = new_decode_plan(len(lengths), tile.programs(shape, self.sms), tile.splits, DEVICE)
-        scratch = new_decode_scratch(shape, tile.splits, len(lengths), tokens, DEVICE)
+        plan = new_decode_plan(len(lengths), tile.programs(shape, self.sms, len(lengths)), tile.splits, DEVICE)
+        scratch = new_decode_scratch(shape, tile, len(lengths), tokens, DEVICE)
         plan_decode(lengths, plan)
         value_dim = shape.value_dim if shape.latent else None
         return lambda q, layer, out: decode_attention(

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("write", [write_tiny_model, write_tiny_moe], ids=["dense", "latent-moe"])
 def test_nothing_is_compiled_once_an_engine_is_ready(write: Any, tmp_path: Path) -> None:
-    decode = {"device": "cuda", "kv_memory": "256MiB", "slots": 20, "capacities": [4], "chunk_tokens": 1024}
+    decode = {"device": "cuda", "kv_memory": "256MiB", "slots": 20, "capacities": (4,), "chunk_tokens": 1024}
     model = {"path": str(write(tmp_path)), "dtype": "bfloat16", "context": 1024}
     topology = {"name": "ready", "model": model, "colocated": True, "hosts": {"gpus": 1}, "decode": decode}
     engine = EngineAlone(Topology.model_validate(topology))

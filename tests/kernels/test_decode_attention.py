@@ -24,6 +24,7 @@ SPLITS = SplitTable(front_step=32, front=64, step=64)
 ROWS_FIRST = DecodeTiles(block_keys=32, splits=SPLITS)
 KEYS_FIRST = replace(ROWS_FIRST, keys_first=True)
 IN_PARTS = replace(ROWS_FIRST, parts=2)
+COMBINED = replace(IN_PARTS, combine=True)
 LENGTHS = [5, 0, 140, 65, 0, 32]
 
 SHAPES = [
@@ -77,7 +78,7 @@ class Batch:
     def run(self, tiles: DecodeTiles, programs: int) -> torch.Tensor:
         slots, device = len(self.q), self.q.device
         plan = new_decode_plan(slots, programs, tiles.splits, device)
-        scratch = new_decode_scratch(self.shape, tiles.splits, slots, int(self.lengths.sum()), device)
+        scratch = new_decode_scratch(self.shape, tiles, slots, int(self.lengths.sum()), device)
         scratch.acc.fill_(torch.nan)
         scratch.stats.fill_(torch.nan)
         plan_decode(self.lengths, plan)
@@ -114,18 +115,20 @@ def random_batch(
     return Batch(shape, q, layer, table, torch.tensor(lengths, dtype=torch.int32, device=device))
 
 
-@pytest.mark.parametrize("tiles", [ROWS_FIRST, KEYS_FIRST, IN_PARTS], ids=["rows", "keys", "parts"])
+@pytest.mark.parametrize(
+    "tiles", [ROWS_FIRST, KEYS_FIRST, IN_PARTS, COMBINED], ids=["rows", "keys", "parts", "combined"]
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_reference(shape: DecodeShape, tiles: DecodeTiles) -> None:
     batch = random_batch(shape, LENGTHS)
-    result = batch.run(tiles, programs=5)
+    result = batch.run(tiles, programs=9)
     assert not result[[1, 4]].any()
     torch.testing.assert_close(result.double(), batch.reference(), atol=2e-6, rtol=1e-5)
 
 
 def test_bfloat16_is_computed_in_float32() -> None:
     batch = random_batch(SHAPES[0], LENGTHS, dtype=torch.bfloat16)
-    result = batch.run(ROWS_FIRST, programs=3)
+    result = batch.run(ROWS_FIRST, programs=6)
     assert result.dtype == torch.bfloat16
     torch.testing.assert_close(result.double(), batch.reference(), atol=1e-2, rtol=1e-2)
 
@@ -134,13 +137,14 @@ def test_bfloat16_is_computed_in_float32() -> None:
 @pytest.mark.parametrize("shape", [replace(SHAPES[3], q_len=2), SHAPES[4]], ids=str)
 def test_bits_depend_on_nothing_but_the_own_context(shape: DecodeShape, tiles: DecodeTiles) -> None:
     batch = random_batch(shape, LENGTHS)
-    expected = batch.run(tiles, programs=1)
-    for programs in (2, 11):
-        assert torch.equal(batch.run(tiles, programs), expected)
+    expected = batch.run(tiles, programs=len(LENGTHS))
+    for programs in (7, 9, 24):
+        for combine in (False, True):
+            assert torch.equal(batch.run(replace(tiles, combine=combine), programs), expected)
     for slot in (2, 5):
         assert torch.equal(batch.pick([slot]).run(tiles, 4), expected[[slot]])
     order = [5, 3, 2, 1]
-    assert torch.equal(batch.pick(order, max_pages=40).run(tiles, 3), expected[order])
+    assert torch.equal(batch.pick(order, max_pages=40).run(tiles, 4), expected[order])
 
 
 def test_an_idle_batch() -> None:
@@ -152,21 +156,22 @@ def test_an_idle_batch() -> None:
 @pytest.mark.parametrize("splits", [SPLITS, SplitTable(), SplitTable(64, 0, 64), SplitTable(128, 2048, 1024)], ids=str)
 def test_plans(splits: SplitTable) -> None:
     rng = random.Random(0)
-    for slots, programs in ((1, 1), (1, 9), (3, 132), (13, 4), (5, 17)):
+    for slots, programs in ((1, 1), (1, 9), (3, 132), (13, 13), (5, 17), (33, 132), (256, 264)):
         lengths = [rng.choice([0, 1, rng.randint(1, 5000)]) for _ in range(slots)]
         plan = new_decode_plan(slots, programs, splits, torch.device("cpu"))
         plan_decode(torch.tensor(lengths, dtype=torch.int32), plan)
-        boundaries, slot_plans = plan_reference(lengths, programs, splits)
+        pieces, slot_plans = plan_reference(lengths, programs, splits)
+        assert plan.pieces.tolist() == pieces
         assert plan.slots.tolist() == slot_plans
-        assert plan.boundaries.tolist() == boundaries
-        live = [slot for slot, length in enumerate(lengths) if length]
-        assert plan.order[: len(live)].tolist() == live
+        assert all(folded for _, folded, number in slot_plans if number)
 
 
 def test_split_tables_must_nest() -> None:
     assert [SplitTable(128, 512, 256).count(tokens) for tokens in (0, 1, 128, 129, 512, 513, 768, 769)] == [
         0, 1, 1, 2, 4, 5, 5, 6,
     ]  # fmt: skip
+    with pytest.raises(ValueError, match="3 slots need as many programs, found 2"):
+        new_decode_plan(3, 2, SPLITS, torch.device("cpu"))
     for sizes in ((96, 960, 192), (128, 1024, 64), (128, 384, 256)):
         with pytest.raises(ValueError, match="powers of two"):
             SplitTable(*sizes)
@@ -191,8 +196,8 @@ def random_lengths(count: int, longest: int, seed: int = 0) -> list[int]:
     return [rng.choice([0, rng.randint(8, 200), rng.randint(8, longest)]) for _ in range(count)]
 
 
-def programs_of(shape: DecodeShape, tiles: DecodeTiles) -> int:
-    return tiles.programs(shape, torch.cuda.get_device_properties().multi_processor_count)
+def programs_of(shape: DecodeShape, tiles: DecodeTiles, slots: int) -> int:
+    return tiles.programs(shape, torch.cuda.get_device_properties().multi_processor_count, slots)
 
 
 @pytest.mark.gpu
@@ -200,7 +205,7 @@ def programs_of(shape: DecodeShape, tiles: DecodeTiles) -> int:
 def test_real_shapes(shape: DecodeShape) -> None:
     tiles = choose_tiles(shape, 64)
     batch = random_batch(shape, [8, 0, 4099, 1024, 1025, 300, 64], "cuda", torch.bfloat16)
-    result = batch.run(tiles, programs_of(shape, tiles))
+    result = batch.run(tiles, programs_of(shape, tiles, 7))
     torch.testing.assert_close(result.double(), batch.reference(), atol=4e-3, rtol=1e-2)
 
 
@@ -209,15 +214,15 @@ def test_real_shapes(shape: DecodeShape) -> None:
 def test_a_slot_among_255_others_has_the_bits_it_has_alone(shape: DecodeShape) -> None:
     tiles = choose_tiles(shape, 64)
     batch = random_batch(shape, [*random_lengths(255, 1500), 2500], "cuda", torch.bfloat16)
-    expected = batch.run(tiles, programs_of(shape, tiles))
+    expected = batch.run(tiles, programs_of(shape, tiles, 256))
     live = [slot for slot, length in enumerate(batch.lengths.tolist()) if length]
     for slot in (live[0], live[len(live) // 2], live[-1]):
         for capacity in (None, 200, 700):
             alone = batch.pick([slot], capacity)
-            assert torch.equal(alone.run(tiles, programs_of(shape, tiles)), expected[[slot]])
+            assert torch.equal(alone.run(tiles, programs_of(shape, tiles, 1)), expected[[slot]])
     order = random.Random(1).sample(range(256), 256)
-    assert torch.equal(batch.pick(order).run(tiles, programs_of(shape, tiles)), expected[order])
-    assert torch.equal(batch.run(tiles, 1 + programs_of(shape, tiles) // 3), expected)
+    assert torch.equal(batch.pick(order).run(tiles, programs_of(shape, tiles, 256)), expected[order])
+    assert torch.equal(batch.run(replace(tiles, combine=not tiles.combine), 700), expected)
 
 
 @pytest.mark.gpu
@@ -227,7 +232,7 @@ def test_drafts_change_no_bit(shape: DecodeShape, q_len: int) -> None:
     drafted = replace(shape, q_len=q_len)
     tiles = choose_tiles(drafted, 64)
     batch = random_batch(drafted, [8, 130, 257, 1024, 1030, 2500], "cuda", torch.bfloat16)
-    expected = batch.run(tiles, programs_of(drafted, tiles))
+    expected = batch.run(tiles, programs_of(drafted, tiles, 6))
     for query in range(q_len):
         single = replace(
             batch,
@@ -236,7 +241,7 @@ def test_drafts_change_no_bit(shape: DecodeShape, q_len: int) -> None:
             lengths=batch.lengths - (q_len - 1 - query),
         )
         one = choose_tiles(shape, 64)
-        assert torch.equal(single.run(one, programs_of(shape, one)), expected[:, query : query + 1])
+        assert torch.equal(single.run(one, programs_of(shape, one, 6)), expected[:, query : query + 1])
 
 
 @pytest.mark.gpu
@@ -245,9 +250,9 @@ def test_one_graph_serves_any_lengths(pdl: bool) -> None:
     shape = REAL_SHAPES[0]
     tiles = replace(choose_tiles(shape, 64), pdl=pdl)
     batch = random_batch(shape, [2000] * 12, "cuda", torch.bfloat16)
-    programs = programs_of(shape, tiles)
+    programs = programs_of(shape, tiles, 12)
     plan = new_decode_plan(12, programs, tiles.splits, batch.q.device)
-    scratch = new_decode_scratch(shape, tiles.splits, 12, 12 * 2000, batch.q.device)
+    scratch = new_decode_scratch(shape, tiles, 12, 12 * 2000, batch.q.device)
     lengths, out = batch.lengths.clone(), torch.empty_like(batch.q[..., : shape.value_dim])
 
     def step() -> None:

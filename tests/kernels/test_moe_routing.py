@@ -53,15 +53,3 @@ def test_logits_may_be_terms_of_a_sum(device: str) -> None:
     expected, expected_ids = route(terms.sum(0), None, rule)
     assert torch.equal(chosen.cpu(), expected_ids)
     torch.testing.assert_close(weights.cpu(), expected)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 256])
-def test_asking_for_weights_ahead_changes_nothing(rows: int) -> None:
-    rule = Routing(6, "softmax", 1, 1, normalise=False, scale=1.0)
-    logits = torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows)).cuda()
-    ahead = torch.randint(0, 256, (70, 4096), dtype=torch.uint8, device="cuda")
-    before = ahead.clone()
-    expected, found = route(logits, None, rule, 2), route(logits, None, rule, 2, ahead)
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
-    assert torch.equal(ahead, before)
