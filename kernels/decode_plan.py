@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-GRAIN = 64  # tokens: lengths of pieces are tried in multiples of this
+GRAIN = 16  # tokens: lengths of pieces are tried in multiples of this
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def choose_tiles(shape: DecodeShape, slots: int, deterministic: bool = False) ->
 
 @dataclass(frozen=True, eq=False)
 class DecodePlan:
-    """`pieces` [programs, 4] int32: each program's slot (-1: none), the first of its splits, the one behind its last,
-    and an idle slot whose result it sets to 0 (-1: none).
+    """`pieces` [programs, 4] int32: each program's slot (-1: none), the first of its splits and the one behind its last
+    (the same: no split at all), and an idle slot whose result it sets to 0 (-1: none).
 
     `slots` [slots, 3] int32: where in the scratch a slot's splits begin, how many splits its first piece folds, and
     how many pieces it has.
@@ -200,8 +200,8 @@ def plan_reference(lengths: list[int], programs: int, splits: SplitTable) -> tup
     pieces, slots = [], []
     for slot, (length, count, number) in enumerate(zip(lengths, counts, numbers, strict=True)):
         ideal = [length * cut // number for cut in range(number)]
-        cuts = [min(range(count), key=lambda split, at=at: (abs(splits.start(split) - at), split)) for at in ideal]  # type: ignore[misc]
-        cuts.append(count)
+        near = [min(range(count), key=lambda split, at=at: (abs(splits.start(split) - at), split)) for at in ideal]  # type: ignore[misc]
+        cuts = [min(max(split, cut), count - number + cut) for cut, split in enumerate(near)] + [count]
         pieces += [[slot, first, end] for first, end in pairwise(cuts)]
         slots.append([sum(counts[:slot]), cuts[1] if number else 0, number])
     idle = [slot for slot, length in enumerate(lengths) if not length]
@@ -228,12 +228,13 @@ def split_start(split, FRONT_STEP: tl.constexpr, FRONT: tl.constexpr, STEP: tl.c
 def _cut(  # type: ignore[no-untyped-def]
     piece, pieces, length, splits, FRONT_STEP: tl.constexpr, FRONT: tl.constexpr, STEP: tl.constexpr
 ):
-    """The split that `piece` of a slot's `pieces` starts with: the one that starts nearest to an equal share."""
+    """The split that `piece` of a slot's `pieces` starts with: the one that starts nearest to an equal share, but for
+    at least one split on either side for each piece there."""
     at = (piece.to(tl.int64) * length // tl.maximum(pieces, 1)).to(tl.int32)
     split = split_count(at + 1, FRONT_STEP, FRONT, STEP) - 1
     start, after = split_start(split, FRONT_STEP, FRONT, STEP), split_start(split + 1, FRONT_STEP, FRONT, STEP)
     split += (after - at < at - start).to(tl.int32)
-    return tl.where(piece == pieces, splits, tl.minimum(split, splits - 1))
+    return tl.where(piece == pieces, splits, tl.minimum(tl.maximum(split, piece), splits - pieces + piece))
 
 
 @triton.jit(do_not_specialize=["slots", "programs"])  # type: ignore[untyped-decorator]

@@ -66,7 +66,7 @@ def block_schedule(
     blocks = max_blocks(num_choices, num_experts, block_m)
     # One allocation, so that the scratch's memory lives as long as the schedule: the kernel behind may begin early.
     sizes = [chunks * bins, blocks * block_m, blocks, 1]
-    counts, slots, experts, num_blocks = chosen.new_empty(sum(sizes), dtype=torch.int32).split(sizes)
+    counts, slots, experts, num_blocks = torch.split(chosen.new_empty(sum(sizes), dtype=torch.int32), sizes)
     shape = {"TOP_K": chosen.shape[1], "FIRST": first_expert, "EXPERTS": num_experts}
     options = {"CHUNK": chunk, "BINS": bins, "PDL": pdl, "launch_pdl": pdl, "num_warps": 4 if chunk <= 1024 else 8}
     if chunks > 1:

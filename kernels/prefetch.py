@@ -19,7 +19,7 @@ def prefetch_l2(pointers, size):  # type: ignore[no-untyped-def]
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def load_early(pointers):  # type: ignore[no-untyped-def]
     """Load what an earlier kernel wrote, in front of `gdc_wait`. L1 may hold what was there before, until that wait."""
     return tl.load(pointers, cache_modifier=".cg")

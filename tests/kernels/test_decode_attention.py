@@ -25,7 +25,7 @@ ROWS_FIRST = DecodeTiles(block_keys=32, splits=SPLITS)
 KEYS_FIRST = replace(ROWS_FIRST, keys_first=True)
 IN_PARTS = replace(ROWS_FIRST, parts=2)
 COMBINED = replace(IN_PARTS, combine=True)
-LENGTHS = [5, 0, 140, 65, 0, 32]
+LENGTHS = [5, 0, 194, 65, 0, 32]  # 194 in four pieces: one is empty
 
 SHAPES = [
     DecodeShape(9, 3, 64, 64, 16),
@@ -163,7 +163,8 @@ def test_plans(splits: SplitTable) -> None:
         pieces, slot_plans = plan_reference(lengths, programs, splits)
         assert plan.pieces.tolist() == pieces
         assert plan.slots.tolist() == slot_plans
-        assert all(folded for _, folded, number in slot_plans if number)
+        assert all(folded > 0 for _, folded, number in slot_plans if number)
+        assert all(first <= end for _, first, end, _ in pieces)
 
 
 def test_split_tables_must_nest() -> None:
