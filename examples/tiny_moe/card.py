@@ -48,13 +48,13 @@ accepted where that guess is what the main model chooses there.
 {tokens_seen:.0f} million tokens ({epochs:.1f} times the text), {steps} steps; AdamW, float32 weights, bfloat16
 arithmetic. `python -m examples.tiny_moe.train` does it again from the same seed.
 
-![Loss](loss.svg)
+![Loss](loss.png)
 
 ## Experts
 
 How much of a domain's tokens each expert of a layer gets; the line is an equal share.
 
-![Load](experts.svg)
+![Load](experts.png)
 
 ## Text
 
@@ -171,8 +171,8 @@ def main() -> None:
     tokens = len(np.load(DATA / "train.npy", mmap_mode="r"))
     size = (MODEL / WEIGHTS).stat().st_size
     (MODEL / "README.md").write_text(card(metrics, evaluation, config, size, parameters, tokens))
-    plot_losses(metrics, MODEL / "loss.svg")
-    plot_loads(evaluation, MODEL / "experts.svg")
+    plot_losses(metrics, MODEL / "loss.png")
+    plot_loads(evaluation, MODEL / "experts.png")
 
 
 if __name__ == "__main__":
