@@ -203,45 +203,22 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         first_unit, folded = tl.load(slot_plans + slot * 3), tl.load(slot_plans + slot * 3 + 1)
         slot_pieces = tl.load(slot_plans + slot * 3 + 2)
         q_parts = load_parts(q + slot * (ALL_ROWS * DIM), row, valid, DIM, VALUE_DIM, PARTS, REST)
-        top, total, acc = no_sum(BLOCK_ROWS, VALUE_DIM, PARTS, KEYS_FIRST)
-        all_top, all_total, all_acc = top, total, acc
-        key, last_seen, split = tl.arange(0, BLOCK_KEYS), length - Q_LEN + query, first_split
         in_one = (first_split == 0) | (end_split == first_split + 1)
-        # Carried from one tile to the next: a page number loaded where it is used would cost the pipeline its depth.
-        next_pages = _load_pages(table, first, stop, PAGE, BLOCK_KEYS)
-        for start in range(first, stop, BLOCK_KEYS):
-            pages = next_pages
-            next_pages = _load_pages(table, start + BLOCK_KEYS, stop, PAGE, BLOCK_KEYS)
-            position = start + key
-            # Keys behind the length may be NaN, which not even a weight of 0 would silence: the load makes them 0.
-            here = position < length
-            base = cache + (pages * KV_HEADS + kv_head) * (PAGE * DIM) if PAGE >= BLOCK_KEYS else cache
-            key_row = position % PAGE if PAGE >= BLOCK_KEYS else (pages * KV_HEADS + kv_head) * PAGE + position % PAGE
-            keys = load_parts(base, key_row, here, DIM, VALUE_DIM, PARTS, REST)
-            values = keys
-            if not LATENT:
-                values = load_parts(base + plane_stride, key_row, here, DIM, VALUE_DIM, PARTS, 0)
-            visible = (position[:, None] if KEYS_FIRST else position[None, :]) <= beside(last_seen, KEYS_FIRST)
-            top, total, acc = attend_tile(q_parts, keys, values, visible, scale, top, total, acc, KEYS_FIRST, UPCAST)
-            step = tl.where(start < FRONT, FRONT_STEP, STEP)
-            if ((start + BLOCK_KEYS) % step == 0) | (start + BLOCK_KEYS >= stop):
-                if in_one:
-                    all_top, all_total, all_acc = fold(all_top, all_total, all_acc, top, total, acc, KEYS_FIRST)
-                else:
-                    _store_partial(
-                        partial, stats, first_unit + split, row, valid, top, total, acc,
-                        ALL_ROWS, VALUE_DIM, PARTS, KEYS_FIRST,
-                    )  # fmt: skip
-                split += 1
-                top, total, acc = no_sum(BLOCK_ROWS, VALUE_DIM, PARTS, KEYS_FIRST)
+        top, total, acc = _attend(
+            q_parts, cache, table, first, stop, length, length - Q_LEN + query, kv_head, scale, plane_stride,
+            in_one, partial, stats, first_unit + first_split, row, valid,
+            KV_HEADS, ALL_ROWS, VALUE_DIM, REST, LATENT, PAGE, BLOCK_ROWS, BLOCK_KEYS, PARTS, KEYS_FIRST,
+            FRONT_STEP, FRONT, STEP, UPCAST,
+        )  # fmt: skip
         if slot_pieces == 1:
             for i in tl.static_range(PARTS):
-                mean = normalised(all_total, all_acc[i], KEYS_FIRST)
-                store_rows(slot_out, row, valid, mean, VALUE_DIM, i, KEYS_FIRST)
+                store_rows(
+                    slot_out, row, valid, normalised(total, acc[i], KEYS_FIRST), VALUE_DIM, i, KEYS_FIRST
+                )  # fmt: skip
         else:
             if in_one:
                 _store_partial(
-                    partial, stats, first_unit + end_split - 1, row, valid, all_top, all_total, all_acc,
+                    partial, stats, first_unit + end_split - 1, row, valid, top, total, acc,
                     ALL_ROWS, VALUE_DIM, PARTS, KEYS_FIRST,
                 )  # fmt: skip
             if not COMBINE:
@@ -254,6 +231,52 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
                         partial, stats, slot_out, first_unit, folded - 1, splits, row, valid,
                         ALL_ROWS, VALUE_DIM, BLOCK_ROWS,
                     )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend(  # type: ignore[no-untyped-def]
+    q, cache, table, first, stop, length, last_seen, kv_head, scale, plane_stride,
+    in_one, partial, stats, unit, row, valid,
+    KV_HEADS: tl.constexpr, ALL_ROWS: tl.constexpr, VALUE_DIM: tl.constexpr, REST: tl.constexpr,
+    LATENT: tl.constexpr, PAGE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    PARTS: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    FRONT_STEP: tl.constexpr, FRONT: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Attend over positions `first` to `stop`, whole splits of one slot.
+
+    Returns the fold of their results, or if not `in_one` leaves each result in the scratch, from `unit` on.
+    """
+    DIM: tl.constexpr = VALUE_DIM + REST
+    key = tl.arange(0, BLOCK_KEYS)
+    top, total, acc = no_sum(BLOCK_ROWS, VALUE_DIM, PARTS, KEYS_FIRST)
+    all_top, all_total, all_acc = top, total, acc
+    # Carried from one tile to the next: a page number loaded where it is used would cost the pipeline its depth.
+    next_pages = _load_pages(table, first, stop, PAGE, BLOCK_KEYS)
+    for start in range(first, stop, BLOCK_KEYS):
+        pages = next_pages
+        next_pages = _load_pages(table, start + BLOCK_KEYS, stop, PAGE, BLOCK_KEYS)
+        position = start + key
+        # Keys behind the length may be NaN, which not even a weight of 0 would silence: the load makes them 0.
+        here = position < length
+        base = cache + (pages * KV_HEADS + kv_head) * (PAGE * DIM) if PAGE >= BLOCK_KEYS else cache
+        key_row = position % PAGE if PAGE >= BLOCK_KEYS else (pages * KV_HEADS + kv_head) * PAGE + position % PAGE
+        keys = load_parts(base, key_row, here, DIM, VALUE_DIM, PARTS, REST)
+        values = keys
+        if not LATENT:
+            values = load_parts(base + plane_stride, key_row, here, DIM, VALUE_DIM, PARTS, 0)
+        visible = (position[:, None] if KEYS_FIRST else position[None, :]) <= beside(last_seen, KEYS_FIRST)
+        top, total, acc = attend_tile(q, keys, values, visible, scale, top, total, acc, KEYS_FIRST, UPCAST)
+        step = tl.where(start < FRONT, FRONT_STEP, STEP)
+        if ((start + BLOCK_KEYS) % step == 0) | (start + BLOCK_KEYS >= stop):
+            if in_one:
+                all_top, all_total, all_acc = fold(all_top, all_total, all_acc, top, total, acc, KEYS_FIRST)
+            else:
+                _store_partial(
+                    partial, stats, unit, row, valid, top, total, acc, ALL_ROWS, VALUE_DIM, PARTS, KEYS_FIRST
+                )
+            unit += 1
+            top, total, acc = no_sum(BLOCK_ROWS, VALUE_DIM, PARTS, KEYS_FIRST)
+    return all_top, all_total, all_acc
 
 
 @triton.jit  # type: ignore[untyped-decorator]
