@@ -22,9 +22,9 @@ Json = dict[str, Any]
 TEXT = """# tiny-moe
 
 A mixture of experts of {parameters:.1f} million parameters in the shape of DeepSeek-V3, with its multi-token prediction
-module, trained from nothing on {train_tokens:.0f} million tokens in {minutes:.1f} minutes on one H100. It is there to
-be served and measured: its logits are not flat, its routers route, and its drafts are accepted as often as a real
-model's. It writes in the manner of manuals, dictionaries and old books, and knows nothing.
+module, trained from nothing on {train_tokens:.0f} million tokens in {minutes:.1f} minutes on one {device}. It is
+there to be served and measured: random weights have flat logits, routers that see no difference, and drafts that nobody
+accepts. It writes in the manner of manuals, dictionaries and old books, and is no source of facts.
 
 | | |
 |---|---|
@@ -91,6 +91,7 @@ def card(
         parameters=parameters / 1e6,
         train_tokens=tokens / 1e6,
         minutes=last["seconds"] / 60,
+        device=last["device"],
         sizes=_rows([[name, str(config[key])] for name, key in SIZES]),
         megabytes=size / 1e6,
         weights=WEIGHTS,

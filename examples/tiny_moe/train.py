@@ -149,19 +149,16 @@ class Run:
         found = [losses(self._forward, draw(ids, plan, step).to(self.device)).main for step in range(HELDOUT_BATCHES)]
         return float(torch.stack(found).mean())
 
-    def _log(self, line: dict[str, float]) -> None:
+    def _log(self, figures: dict[str, float]) -> None:
+        line = {
+            "step": self.step,
+            "seconds": round(self._seconds, 2),
+            "batch_tokens": self.plan.batch * self.plan.length,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU",
+            **figures,
+        }
         with (self._folder / METRICS).open("a") as file:
-            file.write(
-                json.dumps(
-                    {
-                        "step": self.step,
-                        "seconds": round(self._seconds, 2),
-                        "batch_tokens": self.plan.batch * self.plan.length,
-                        **line,
-                    }
-                )
-                + "\n"
-            )
+            file.write(json.dumps(line) + "\n")
 
     def _save(self) -> None:
         state = {

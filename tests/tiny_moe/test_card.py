@@ -22,10 +22,10 @@ def test_all_domains_are_weighed_by_their_tokens() -> None:
 
 
 def test_the_card_names_sizes_and_every_source() -> None:
-    metrics = [{"step": 5000, "seconds": 450.0, "batch_tokens": 65_536}]
+    metrics = [{"step": 5000, "seconds": 450.0, "batch_tokens": 65_536, "device": "NVIDIA H100"}]
     text = card(metrics, EVALUATION, hf_config(Shape()), 15_800_000, 7_878_240, 32_768_000)
     assert "7.9 million parameters" in text
     assert "15.8 MB in `model.safetensors`" in text
-    assert "7.5 minutes" in text
+    assert "7.5 minutes on one NVIDIA H100" in text
     assert "328 million tokens (10.0 times the text), 5000 steps" in text
     assert all(f"{source.name} {source.version} | {source.licence}" in text for source in SOURCES)
