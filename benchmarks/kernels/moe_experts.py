@@ -38,6 +38,7 @@ class Routing:
     x: torch.Tensor
     weights: torch.Tensor
     chosen: torch.Tensor
+    live_rows: torch.Tensor
 
     @property
     def touched(self) -> int:
@@ -56,8 +57,7 @@ class Layer:
         self._experts = Experts(self._gate_up, self._down)
 
     def routed(self, routing: Routing) -> torch.Tensor:
-        rows = len(routing.x)
-        return routed_experts(routing.x, routing.weights, routing.chosen, self._experts, live(rows))
+        return routed_experts(routing.x, routing.weights, routing.chosen, self._experts, routing.live_rows)
 
     def error(self, routing: Routing) -> float:
         """The largest error in units of the largest expected value."""
@@ -67,9 +67,9 @@ class Layer:
 
     def gemms(self, routing: Routing) -> Callable[[], object]:
         """Both GEMMs for a schedule that is there already."""
-        count, tiles, sms = live(len(routing.x)), expert_tiles(len(routing.x), TOP_K, EXPERTS), num_sms(DEVICE)
-        schedule = block_schedule(routing.chosen, count, EXPERTS, tiles.block_m)
-        choices = Choices(routing.chosen, count, shared=0)
+        tiles, sms = expert_tiles(len(routing.x), TOP_K, EXPERTS), num_sms(DEVICE)
+        schedule = block_schedule(routing.chosen, routing.live_rows, EXPERTS, tiles.block_m)
+        choices = Choices(routing.chosen, routing.live_rows, shared=0)
 
         def call() -> None:
             act = grouped_gate_up(routing.x, self._gate_up, schedule, choices, tiles, sms)
@@ -108,18 +108,15 @@ def measure(calls: list[Callable[[], object]]) -> list[float]:
 
 def routings(rows: int) -> list[Routing]:
     """Several calls; those of one row go round all experts."""
+    live_rows = torch.tensor([rows], dtype=torch.int32, device=DEVICE)
     order, found = torch.randperm(EXPERTS, device=DEVICE).repeat(2), []
     for call in range(10 if rows <= 8 else 4 if rows <= 256 else 1):
         scores = torch.rand(rows, EXPERTS, device=DEVICE)
         if rows == 1:
             scores[0, order[call * TOP_K : (call + 1) * TOP_K]] += 1
         weights, chosen = scores.topk(TOP_K, dim=-1)
-        found.append(Routing(torch.randn(rows, HIDDEN, device=DEVICE).bfloat16(), weights / TOP_K, chosen))
+        found.append(Routing(torch.randn(rows, HIDDEN, device=DEVICE).bfloat16(), weights / TOP_K, chosen, live_rows))
     return found
-
-
-def live(rows: int) -> torch.Tensor:
-    return torch.tensor([rows], dtype=torch.int32, device=DEVICE)
 
 
 if __name__ == "__main__":
