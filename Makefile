@@ -3,7 +3,9 @@
 SHELL := /bin/bash
 export MKL_CBWR := AVX2
 BIN := .venv/bin
-TOPOLOGY ?= deploy/topologies/cpu-demo.yaml
+MODEL ?= smollm2
+DEMO_smollm2 := deploy/topologies/cpu-demo.yaml
+DEMO_tiny-moe := deploy/topologies/cpu-tiny-moe.yaml --text $$'ROMEO.\nWhat'
 
 setup:
 	@sha256sum --quiet --check .venv/setup.sha256 >/dev/null 2>&1 || tools/setup.sh
@@ -17,8 +19,8 @@ check: setup
 test: setup
 	$(BIN)/pytest -m "not gpu"
 
-demo: setup
-	$(BIN)/splitserve demo $(TOPOLOGY)
+demo: setup # or: make demo MODEL=tiny-moe
+	$(BIN)/splitserve demo $(or $(DEMO_$(MODEL)),$(error MODEL is smollm2 or tiny-moe, not $(MODEL)))
 
 bench: setup
 	$(BIN)/python -m benchmarks

@@ -22,7 +22,15 @@ from splitserve.models.resolve import resolve_model
 from splitserve.router.service import RouterService
 
 
-def topology(model: Path, *, prefill_tp: int = 1, decode_tp: int = 1, device: str = "cpu", **changes: Any) -> Topology:
+def topology(
+    model: Path,
+    *,
+    prefill_tp: int = 1,
+    decode_tp: int = 1,
+    device: str = "cpu",
+    dtype: str = "float32",
+    **changes: Any,
+) -> Topology:
     """A small cluster on a free port; `changes` replace whole sections."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -30,7 +38,7 @@ def topology(model: Path, *, prefill_tp: int = 1, decode_tp: int = 1, device: st
     pool = {"device": device, "kv_memory": "64MiB", "page_size": 16}
     settings: dict[str, Any] = {
         "name": "threads",
-        "model": {"path": str(model), "context": 1024},
+        "model": {"path": str(model), "dtype": dtype, "context": 1024},
         "router": {"grpc": f"127.0.0.1:{port}"},
         "prefill": {**pool, "layout": {"tp": prefill_tp}},
         "decode": {**pool, "layout": {"tp": decode_tp}},

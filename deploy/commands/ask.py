@@ -24,7 +24,8 @@ from splitserve.deploy.progress import make_view
 from splitserve.deploy.report import timing_table
 
 QUESTION = "What is the capital of France, and what is it known for?"
-DEMO_SAMPLING = Sampling(temperature=0.0, seed=0, max_tokens=128)
+DEMO_ANSWER = Sampling(temperature=0.0, seed=0, max_tokens=128)
+DEMO_TEXT = Sampling(temperature=0.7, top_p=0.9, seed=0, max_tokens=128)
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,6 +44,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
     parser = commands.add_parser("demo", help="start a cluster, ask it one question and end it")
     parser.add_argument("file", metavar="FILE", help="topology file")
+    parser.add_argument("--text", help="continue this text instead, for a model that was not taught to answer")
     parser.set_defaults(run=demo)
 
 
@@ -70,13 +72,16 @@ def chat(arguments: argparse.Namespace) -> int:
 
 
 def demo(arguments: argparse.Namespace) -> int:
-    file = load_topology_file(arguments.file)
+    file, text = load_topology_file(arguments.file), arguments.text
     began = time.monotonic()
     cluster = launch(file, None, make_view())
     try:
-        print(f"ready after {time.monotonic() - began:.1f} s\n> {QUESTION}", file=sys.stderr, flush=True)
+        print(f"ready after {time.monotonic() - began:.1f} s\n> {text or QUESTION}", file=sys.stderr, flush=True)
         with Client(cluster.state.endpoints[0]) as client:
-            show_answer(client.chat([{"role": "user", "content": QUESTION}], **DEMO_SAMPLING), DEMO_SAMPLING)
+            if text:
+                show_answer(client.generate(text, **DEMO_TEXT), DEMO_TEXT)
+            else:
+                show_answer(client.chat([{"role": "user", "content": QUESTION}], **DEMO_ANSWER), DEMO_ANSWER)
     finally:
         if cluster.is_new:
             stop(cluster.state)

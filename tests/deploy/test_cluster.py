@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.tiny_moe.tokens import MODEL as TINY_MOE
 from splitserve.client import Client, SplitserveClientError
 from splitserve.deploy.cluster_state import ClusterFolder, ClusterState
 from splitserve.deploy.processes import session_members
@@ -129,6 +130,16 @@ def _check_commands(name: str, endpoint: str, folder: Path) -> None:
     assert refused.returncode == 2
     assert "temperature: found -1" in refused.stderr
     assert "decode/0/0 serves at" in succeed("logs", "decode/0/0")
+
+
+def test_the_demo_continues_a_text_and_leaves_nothing(tmp_path: Path) -> None:
+    topology = write_topology(tmp_path, TINY_MOE)
+    demo = run_command("demo", topology, "--text", "ROMEO.\nWhat")
+    assert demo.returncode == 0, demo.stderr
+    assert len(demo.stdout) > 200
+    assert "prefill/0/0 to decode/0/0" in demo.stderr
+    assert ClusterFolder(name_in(topology)).read() is None
+    assert not list(Path("/dev/shm").glob(f"splitserve-{name_in(topology)}-*"))
 
 
 def test_an_up_that_fails_says_why_and_leaves_nothing(tmp_path: Path, tiny_model: Path) -> None:

@@ -62,20 +62,19 @@ def test_bfloat16_on_a_gpu_differs_at_near_ties_alone(prompts: list[list[int]]) 
     assert len(prompts) == 100
     expected = cpu_tokens(prompts)
     sampling = Sampling(max_tokens=TOKENS, ignore_eos=True)
-    described = {"path": str(MODEL), "context": 1024, "dtype": "bfloat16"}
-    with running(topology(MODEL, device="cuda", model=described)) as client:
+    pool = {"device": "cuda", "kv_memory": "256MiB", "slots": 64, "chunk_tokens": 2048}
+    with running(topology(MODEL, dtype="bfloat16", colocated=True, prefill=None, decode=pool)) as client:
         streams = [client.generate(prompt, **sampling) for prompt in prompts]
         found = [list(stream.result().samples[0].token_ids) for stream in streams]
     judge = checkpoint.load(MODEL).eval()
-    differing = 0
+    gaps = []
     for prompt, mine, theirs in zip(prompts, found, expected, strict=True):
         same = next((at for at, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1]), None)
         if same is None:
             continue
-        differing += 1
         with torch.inference_mode():
             logits = judge(torch.tensor([prompt + theirs[: same + 1]])).logits[0, len(prompt) + same - 1]
-        gap = float(logits[theirs[same]] - logits[mine[same]])
-        assert 0 <= gap < NEAR_TIE, f"token {same}: {gap:.3f} behind"
-    print(f"{100 - differing} of 100 answers are the same; {differing} leave at a gap below {NEAR_TIE}")
-    assert differing < 70
+        gaps.append(float(logits[theirs[same]] - logits[mine[same]]))
+    print(f"{100 - len(gaps)} of 100 answers are the same, the others leave at gaps up to {max(gaps, default=0.0):.3f}")
+    assert all(0 <= gap < NEAR_TIE for gap in gaps), sorted(gaps)
+    assert len(gaps) < 60
