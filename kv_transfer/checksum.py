@@ -22,14 +22,24 @@ def checksum(payload: torch.Tensor, identity: bytes) -> int:
     them with their top bits flipped would cancel out. A hash of `identity` is added, so that a payload does not pass
     under another header. A GPU kernel can form the sum in any order, in the pass that packs.
     """
+    return bind(weighted_sum(payload), identity, payload.numel())
+
+
+def bind(total: int, identity: bytes, size: int) -> int:
+    """The checksum of `size` bytes under `identity`, from their weighted sum."""
+    bound = hashlib.blake2b(identity + size.to_bytes(8, "little"), digest_size=8).digest()
+    return _signed(total + int.from_bytes(bound, "little"))
+
+
+def weighted_sum(payload: torch.Tensor) -> int:
+    """The sum alone, signed 64-bit: what `kernels.kv_pack` adds up for a payload on a GPU."""
     words = payload.numpy().view(np.int32)
     whole = words.size // BLOCK_WORDS
     blocks = words[: whole * BLOCK_WORDS].reshape(whole, BLOCK_WORDS)
     weights = _weights(BLOCK_WORDS)
     sums = np.einsum("bi,i->b", blocks, weights)
     tail = np.einsum("i,i->", words[whole * BLOCK_WORDS :], weights[: words.size % BLOCK_WORDS])
-    total = int(sums @ _block_weights(whole)) + int(tail) + _identity_hash(identity, payload.numel())
-    return ((total + (1 << 63)) & _MASK) - (1 << 63)
+    return _signed(int(sums @ _block_weights(whole)) + int(tail))
 
 
 @lru_cache
@@ -51,5 +61,5 @@ def _mix(counter: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
     return ((z ^ (z >> np.uint64(31))) | np.uint64(1)).view(np.int64)
 
 
-def _identity_hash(identity: bytes, size: int) -> int:
-    return int.from_bytes(hashlib.blake2b(identity + size.to_bytes(8, "little"), digest_size=8).digest(), "little")
+def _signed(value: int) -> int:
+    return ((value + (1 << 63)) & _MASK) - (1 << 63)
