@@ -70,7 +70,7 @@ def pack_kv(
 def unpack_kv(
     cache: PagedLayers, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, total: torch.Tensor, sms: int = 0
 ) -> None:
-    """Copy `payload` into `region`, as `pack_kv` the other way. Every word is read once: the sum is of what was written."""
+    """Copy `payload` into `region`. Every word is read once, so that the sum is that of what was written."""
     _move(cache, table, region, payload, total, sms, pack=False)
 
 
