@@ -24,6 +24,7 @@ from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import HandOff, RankEndpoint, Ticket
 from splitserve.deploy.running_unit import ALLOCATOR
 from splitserve.engine.kv_cache import KvCache
+from splitserve.kv_transfer.mover import HostMover
 from splitserve.kv_transfer.protocol import Freed, Incoming, ReceiveFailed, Verified
 from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.sender import KvSender
@@ -73,7 +74,7 @@ def transfer_speeds(layout: KvLayout, transport: str, repeats: int) -> list[floa
     shared = transport == "shm"
     endpoint = RankEndpoint(control.endpoint, "shm" if shared else "tcp", host_id(), segment.name, 0, size)
     cache = KvCache(layout, pages(layout)[-1] + 1, torch.device("cpu"))
-    receiver = KvReceiver(cache, 0, WINDOW_BYTES, ShmReceiver(control, segment), time.monotonic)
+    receiver = KvReceiver(HostMover(cache), 0, WINDOW_BYTES, ShmReceiver(control, segment), time.monotonic)
     try:
         with sender_process() as child:
             seconds = [receive(receiver, layout, endpoint, epoch, child) for epoch in range(repeats + 1)]
@@ -133,7 +134,7 @@ def send_all() -> None:
         ticket: Ticket = unpack(bytes.fromhex(line))
         if sender is None:
             cache = KvCache(ticket.layout, pages(ticket.layout)[-1] + 1, torch.device("cpu"))
-            sender = KvSender(cache, 0, HostSender(TcpSender(time.monotonic), host_id()), time.monotonic)
+            sender = KvSender(HostMover(cache), 0, HostSender(TcpSender(time.monotonic), host_id()), time.monotonic)
         sender.begin(ticket, pages(ticket.layout))
         for layer in range(ticket.layout.num_layers):
             sender.ready(ticket.transfer_id, layer, ticket.num_tokens)

@@ -24,6 +24,7 @@ from splitserve.engine.parking import HostTier
 from splitserve.engine.ranks import ParkingService, Ranks, RankService
 from splitserve.engine.runner import ModelRunner
 from splitserve.engine.serving import Engine, Send
+from splitserve.kv_transfer.mover import HostMover
 from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.sender import KvSender
 from splitserve.kv_transfer.shm import HostSender, ShmReceiver, ShmSegment, host_id, sweep
@@ -88,7 +89,7 @@ def build_engine(leader: Leader) -> Engine:
 
 def _prefill_rank(spec: RankSpec, runner: ModelRunner) -> RankParts:
     transport = HostSender(TcpSender(time.monotonic, spec.keys), host_id())
-    sender = KvSender(runner.cache, spec.tp_rank, transport, time.monotonic)
+    sender = KvSender(HostMover(runner.cache), spec.tp_rank, transport, time.monotonic)
     return RankParts((SendService(runner, sender),), None, sender.close)
 
 
@@ -97,13 +98,13 @@ def _decode_rank(spec: RankSpec, runner: ModelRunner, services: tuple[RankServic
     control = TcpReceiver(spec.bind, spec.keys)
     address = control.endpoint
     if settings.transport == "tcp":
-        receiver = KvReceiver(runner.cache, spec.tp_rank, settings.staging, control, time.monotonic)
+        receiver = KvReceiver(HostMover(runner.cache), spec.tp_rank, settings.staging, control, time.monotonic)
         endpoint = RankEndpoint(address, "tcp", host_id(), "", 0, 0)
     else:
         sweep(spec.topology.name)  # of what an incarnation before this one left when it was killed
         segment = ShmSegment(spec.topology.name, settings.staging)
         transport = ShmReceiver(control, segment)
-        receiver = KvReceiver(runner.cache, spec.tp_rank, settings.staging, transport, time.monotonic)
+        receiver = KvReceiver(HostMover(runner.cache), spec.tp_rank, settings.staging, transport, time.monotonic)
         endpoint = RankEndpoint(address, "shm", host_id(), segment.name, 0, 0)
     return RankParts((*services, ReceiveService(receiver)), endpoint, receiver.close)
 

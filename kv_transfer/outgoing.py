@@ -10,6 +10,7 @@ import torch
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import HandOff, RankEndpoint, Ticket
+from splitserve.kv_transfer.mover import Move
 from splitserve.kv_transfer.packing import bytes_per_layer_token
 from splitserve.kv_transfer.protocol import KvFrame
 from splitserve.kv_transfer.reshard import Piece, reshard
@@ -82,25 +83,32 @@ class Lane:
 
 @dataclass
 class Flight:
-    """A frame that has not been acknowledged. It holds a slot of its lane and is sent (again) at `due`."""
+    """A frame that has not been acknowledged. It holds a slot of its lane and is packed and sent (again) at `due`.
+
+    `move` fills `payload` while it is being packed. What has landed in the meantime keeps its slot until that ends.
+    """
 
     frame: KvFrame
     lane: Lane
     due: float
+    move: Move | None = None
+    payload: torch.Tensor | None = None
+    landed: bool = False
 
 
 @dataclass
 class Outgoing:
     """A transfer in progress.
 
-    `ready` says for each layer up to which token its KV lies in the pages. `beat_at` is when all targets next hear
-    that this rank is at it.
+    `ready` says for each layer up to which token its KV lies in the pages, once its mark in `marks` has passed.
+    `beat_at` is when all targets next hear that this rank is at it.
     """
 
     ticket: Ticket
     table: torch.Tensor
     lanes: list[Lane]
     ready: list[int]
+    marks: list[object]
     owes_hand_off: bool
     expires: float
     beat_at: float
@@ -117,6 +125,11 @@ class Outgoing:
         """All that hear from source rank `rank`; the hand-off goes from rank 0 to rank 0, with a piece or without."""
         first = self.ticket.endpoints[:1] if rank == 0 else ()
         return tuple(dict.fromkeys((*first, *(lane.target for lane in self.lanes))))
+
+    @property
+    def is_packing(self) -> bool:
+        """Whether this rank may still write to the window, once it has looked for moves that are done."""
+        return any(flight.move is not None and flight.move.total() is None for flight in self.flights.values())
 
     @property
     def is_complete(self) -> bool:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from splitserve.cluster.channel import Socket
 from splitserve.cluster.errors import ProtocolError, TransferFailed
-from splitserve.engine.kv_cache import KvCache
-from splitserve.kv_transfer.checksum import checksum
+from splitserve.kernels.kv_pack import KvRegion
+from splitserve.kv_transfer.checksum import bind
 from splitserve.kv_transfer.lifecycle import TransferState
-from splitserve.kv_transfer.packing import cache_rows, page_table, unpack
+from splitserve.kv_transfer.mover import Mover
+from splitserve.kv_transfer.packing import page_table
 from splitserve.kv_transfer.protocol import (
     HAND_OFF_SEQUENCE,
     Freed,
@@ -29,18 +30,19 @@ from splitserve.kv_transfer.protocol import (
     seal,
     unseal,
 )
-from splitserve.kv_transfer.reception import Reception, Share
+from splitserve.kv_transfer.reception import Landing, Reception, Share
 from splitserve.kv_transfer.transport import Arrival, ReceiverTransport
 
 MAX_ARRIVALS = 8
 
 
 class KvReceiver:
-    """Moves arriving KV from staging into the pages of `cache`.
+    """Moves arriving KV from staging into the pages of the mover's cache.
 
-    A payload goes into pages only while its (transfer, epoch) is live, its header lies within what the source rank
-    owes, and its checksum holds on bytes that no peer can change any more. So no message, however late, repeated or
-    wrong, touches a page outside the reservation, nor any page of one that has ended.
+    A payload goes into pages only while its (transfer, epoch) is live and its header lies within what the source rank
+    owes. It counts as landed only if its checksum holds on the words that were written; otherwise it comes again. So no
+    message, however late, repeated or wrong, touches a page outside the reservation, nor any page of one that has
+    ended, and no transfer is verified with a wrong word in its pages.
 
     Call `poll` from the engine's loop; nothing blocks, no thread runs. A transfer gives Verified, or ReceiveFailed;
     after `commit` or a failure, Freed returns its window. The lease runs until Verified: from then on the engine
@@ -49,13 +51,13 @@ class KvReceiver:
 
     def __init__(
         self,
-        cache: KvCache,
+        mover: Mover,
         rank: int,
         staging_bytes: int,
         transport: ReceiverTransport,
         clock: Callable[[], float],
     ) -> None:
-        self._cache, self._rank, self._staging_bytes = cache, rank, staging_bytes
+        self._mover, self._rank, self._staging_bytes = mover, rank, staging_bytes
         self._transport, self._clock = transport, clock
         self._receptions: dict[str, Reception] = {}
         self._events: list[ReceiverEvent] = []
@@ -76,8 +78,8 @@ class KvReceiver:
         """Await a transfer. Raises TransferFailed when its id, pages or window cannot be right."""
         if incoming.transfer_id in self._receptions:
             raise TransferFailed(f"transfer_id: {incoming.transfer_id} is open already")
-        table = page_table(self._cache, incoming.pages, incoming.stop_token)
-        reception = Reception(incoming, self._cache.layout, self._rank, table, self._clock())
+        table = page_table(self._mover.cache, incoming.pages, incoming.stop_token)
+        reception = Reception(incoming, self._mover.cache.layout, self._rank, table, self._clock())
         window = reception.window
         if window.offset < 0 or window.size < 0 or window.end > self._staging_bytes:
             raise TransferFailed(f"window: found {window}; staging has {self._staging_bytes} bytes")
@@ -94,6 +96,7 @@ class KvReceiver:
             self._take(arrival)
         now = self._clock()
         for reception in list(self._receptions.values()):
+            self._end_landings(reception)
             if now >= reception.expires and reception.lifecycle.awaits_sender:
                 self._abort(reception, f"no KV came for a lease of {reception.incoming.lease_s:g} s")
             if reception.lifecycle.is_over and (not reception.writers or now >= reception.expires):
@@ -153,9 +156,10 @@ class KvReceiver:
                 if share is None or message.target_rank != self._rank or not share.admits(message):
                     self.rejected += 1
                     return
-                landed = share.has(message) or self._land(reception, share, message, arrival)
-                answer = KvAck if landed else KvNack
-                self._send(arrival.peer, answer(message.transfer_id, message.epoch, message.sequence))
+                if share.has(message):
+                    self._answer(arrival.peer, message, KvAck)
+                elif (message.source_rank, message.sequence) not in reception.landings:
+                    self._land(reception, share, message, arrival)
             case KvFinish() if self._rank == 0 and message.source_rank == 0:
                 reception.hand_off = message.hand_off
                 self._send(arrival.peer, KvAck(message.transfer_id, message.epoch, HAND_OFF_SEQUENCE))
@@ -164,19 +168,32 @@ class KvReceiver:
                 self.rejected += 1
         self._settle(reception)
 
-    def _land(self, reception: Reception, share: Share, frame: KvFrame, arrival: Arrival) -> bool:
-        """Check the frame's payload and write it into pages; False when it is damaged."""
+    def _land(self, reception: Reception, share: Share, frame: KvFrame, arrival: Arrival) -> None:
+        """Begin to write the frame's payload into pages."""
         try:
             payload = self._transport.take(arrival, frame.offset, share.size(frame))
         except TransferFailed:
-            return False
-        if checksum(payload, frame.identity()) != frame.checksum:
-            return False
-        rows = cache_rows(self._cache, reception.table, share.piece.target_heads, frame.tokens)
-        unpack(self._cache, rows, frame.layers, payload)
-        share.mark(frame)
-        self._renew(reception)
-        return True
+            self._answer(arrival.peer, frame, KvNack)
+            return
+        region = KvRegion(frame.layers, share.piece.target_heads, frame.tokens)
+        move = self._mover.unpack(reception.table, region, payload)
+        reception.landings[frame.source_rank, frame.sequence] = Landing(frame, share, arrival.peer, move)
+        self._end_landings(reception)
+
+    def _end_landings(self, reception: Reception) -> None:
+        """Check and acknowledge what has been written."""
+        for key, landing in list(reception.landings.items()):
+            if (total := landing.move.total()) is None:
+                continue
+            del reception.landings[key]
+            frame = landing.frame
+            if bind(total, frame.identity(), landing.share.size(frame)) != frame.checksum:
+                self._answer(landing.peer, frame, KvNack)
+                continue
+            landing.share.mark(frame)
+            self._renew(reception)
+            self._answer(landing.peer, frame, KvAck)
+            self._settle(reception)
 
     def _on_drained(self, reception: Reception, message: KvDrained) -> None:
         reception.writers.discard(message.source_rank)
@@ -198,6 +215,9 @@ class KvReceiver:
             reception.renew(self._clock())
 
     def _abort(self, reception: Reception, reason: str) -> None:
+        for landing in reception.landings.values():
+            landing.move.settle()
+        reception.landings.clear()
         reception.lifecycle.move(TransferState.ABORTING)
         reception.renew(self._clock())
         incoming = reception.incoming
@@ -213,11 +233,14 @@ class KvReceiver:
     def _put_off(self, peer: bytes, message: FromSender) -> None:
         """The sender has its ticket before this rank has heard of it from its leader: a frame is to come again."""
         if isinstance(message, KvFrame):
-            self._send(peer, KvNack(message.transfer_id, message.epoch, message.sequence))
+            self._answer(peer, message, KvNack)
 
     def _refuse(self, peer: bytes, message: FromSender, reason: str) -> None:
         if not isinstance(message, KvDrained):
             self._send(peer, KvGone(message.transfer_id, message.epoch, reason))
+
+    def _answer(self, peer: bytes, frame: KvFrame, answer: type[KvAck | KvNack]) -> None:
+        self._send(peer, answer(frame.transfer_id, frame.epoch, frame.sequence))
 
     def _send(self, peer: bytes, message: FromReceiver) -> None:
         self._transport.send(peer, seal(message))

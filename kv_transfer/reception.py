@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import HandOff
 from splitserve.kv_transfer.lifecycle import Lifecycle
+from splitserve.kv_transfer.mover import Move
 from splitserve.kv_transfer.packing import bytes_per_layer_token
 from splitserve.kv_transfer.protocol import Incoming, KvFrame
 from splitserve.kv_transfer.reshard import Piece, reshard
@@ -54,11 +57,21 @@ class Share:
         return slice(*frame.layers), slice(frame.tokens[0] - start, frame.tokens[1] - start)
 
 
+@dataclass(frozen=True)
+class Landing:
+    """A frame on its way from staging into pages; `peer` awaits the answer."""
+
+    frame: KvFrame
+    share: Share
+    peer: bytes
+    move: Move
+
+
 class Reception:
     """A transfer on target rank `rank`. `expires` ends the lease, and after the end, the window's quarantine.
 
-    `writers` are the source ranks that may still send; `peers` are the transport's names of those that have. Rank 0
-    also awaits the hand-off, from source rank 0.
+    `writers` are the source ranks that may still send; `peers` are the transport's names of those that have.
+    `landings` are by source rank and sequence. Rank 0 also awaits the hand-off, from source rank 0.
     """
 
     def __init__(self, incoming: Incoming, layout: KvLayout, rank: int, table: torch.Tensor, now: float) -> None:
@@ -67,6 +80,7 @@ class Reception:
         self.lifecycle = Lifecycle()
         self.hand_off: HandOff | None = None
         self.peers: dict[int, bytes] = {}
+        self.landings: dict[tuple[int, int], Landing] = {}
         self._awaits_hand_off = rank == 0
         plan = reshard(incoming.source, layout, incoming.start_token, incoming.stop_token)
         self.shares = {

@@ -9,10 +9,11 @@ from dataclasses import replace
 from splitserve.cluster.channel import Socket
 from splitserve.cluster.errors import ProtocolError, TransferFailed
 from splitserve.cluster.messages import HandOff, RankEndpoint, Ticket
-from splitserve.engine.kv_cache import KvCache
-from splitserve.kv_transfer.checksum import checksum
+from splitserve.kernels.kv_pack import KvRegion
+from splitserve.kv_transfer.checksum import bind
+from splitserve.kv_transfer.mover import Mover
 from splitserve.kv_transfer.outgoing import Flight, Outgoing, build_lanes
-from splitserve.kv_transfer.packing import cache_rows, pack, page_table
+from splitserve.kv_transfer.packing import page_table
 from splitserve.kv_transfer.protocol import (
     HAND_OFF_SEQUENCE,
     FromSender,
@@ -35,7 +36,7 @@ TRIES_PER_LEASE = 8
 
 
 class KvSender:
-    """Sends this rank's share of each transfer from the pages of `cache`, as fast as its window and the peer allow.
+    """Sends this rank's share of each transfer from its pages, as fast as its window and the peer allow.
 
     Call `pump` from the engine's loop; nothing else sends, nothing blocks, no thread runs. A transfer ends with one
     event: Sent, or SendFailed when the receiver let go, could not be reached, or left what is on its way unacknowledged
@@ -43,9 +44,11 @@ class KvSender:
     belong to the transfer until then. `clock` gives seconds, monotonic.
     """
 
-    def __init__(self, cache: KvCache, rank: int, transport: SenderTransport, clock: Callable[[], float]) -> None:
-        self._cache, self._rank, self._transport, self._clock = cache, rank, transport, clock
+    def __init__(self, mover: Mover, rank: int, transport: SenderTransport, clock: Callable[[], float]) -> None:
+        self._mover, self._rank, self._transport, self._clock = mover, rank, transport, clock
+        self._cache = mover.cache
         self._outgoing: dict[str, Outgoing] = {}
+        self._stopping: list[tuple[Outgoing, str]] = []
         self._events: list[SenderEvent] = []
         self.rejected = 0
 
@@ -72,6 +75,7 @@ class KvSender:
             table=page_table(self._cache, pages, ticket.num_tokens),
             lanes=build_lanes(ticket, self._cache.layout, self._rank),
             ready=[ticket.start_token] * self._cache.layout.num_layers,
+            marks=[None] * self._cache.layout.num_layers,
             owes_hand_off=self._rank == 0,
             expires=now + ticket.lease_s,
             beat_at=now,
@@ -89,10 +93,10 @@ class KvSender:
         self._tell(ticket, KvDrained(ticket.transfer_id, ticket.epoch, self._rank, reason))
 
     def ready(self, transfer_id: str, layer: int, stop_token: int) -> None:
-        """The KV of `layer` before `stop_token` lies in the pages, and stays."""
+        """The KV of `layer` before `stop_token` lies in the pages, or is launched on its way there, and stays."""
         outgoing = self._outgoing.get(transfer_id)
         if outgoing is not None and stop_token > outgoing.ready[layer]:
-            outgoing.ready[layer] = stop_token
+            outgoing.ready[layer], outgoing.marks[layer] = stop_token, self._mover.mark()
             self._progress(outgoing)
 
     def finish(self, transfer_id: str, hand_off: HandOff) -> None:
@@ -104,9 +108,10 @@ class KvSender:
             self._progress(outgoing)
 
     def abort(self, transfer_id: str, reason: str) -> None:
-        """Stop, and tell the receiver. No event follows, and the pages are free to go."""
+        """Stop, and tell the receiver when nothing writes there any more. No event follows; the pages are free."""
         if (outgoing := self._outgoing.pop(transfer_id, None)) is not None:
-            self._say_drained(outgoing, reason)
+            self._stopping.append((outgoing, reason))
+            self._end_stopped()
 
     def pump(self) -> list[SenderEvent]:
         """Take acknowledgements, send what is ready, send again what is overdue. Returns what ended since last time."""
@@ -117,6 +122,7 @@ class KvSender:
                 self._advance(outgoing)
             except TransferFailed as error:
                 self._fail(outgoing, str(error))
+        self._end_stopped()
         events, self._events = self._events, []
         return events
 
@@ -139,8 +145,10 @@ class KvSender:
         else:
             self._cut(outgoing, now)
             for flight in outgoing.flights.values():
-                if now >= flight.due:
-                    self._transmit(outgoing, flight)
+                if flight.move is None and now >= flight.due:
+                    self._pack(outgoing, flight)
+            for flight in list(outgoing.flights.values()):
+                self._send_packed(outgoing, flight)
             if now >= outgoing.beat_at:
                 self._beat(outgoing, now)
 
@@ -163,16 +171,32 @@ class KvSender:
                 )
                 outgoing.flights[frame.sequence] = Flight(frame, lane, due=now)
 
-    def _transmit(self, outgoing: Outgoing, flight: Flight) -> None:
-        """Send a frame, packed anew each time: the pages keep its content, so that no copy has to wait."""
+    def _pack(self, outgoing: Outgoing, flight: Flight) -> None:
+        """Pack a frame, anew each time it is sent: the pages keep its content, so that no copy has to wait."""
         flight.due = self._clock() + outgoing.ticket.lease_s / TRIES_PER_LEASE
         frame, lane = flight.frame, flight.lane
-        rows = cache_rows(self._cache, outgoing.table, lane.piece.source_heads, frame.tokens)
+        region = KvRegion(frame.layers, lane.piece.source_heads, frame.tokens)
         size = lane.token_bytes * (frame.layers[1] - frame.layers[0]) * (frame.tokens[1] - frame.tokens[0])
-        payload = self._transport.place(lane.target, frame.offset, size)
-        pack(self._cache, rows, frame.layers, payload)
-        frame = replace(frame, checksum=checksum(payload, frame.identity()))
-        self._transport.send(lane.target, seal(frame), payload)
+        flight.payload = self._transport.place(lane.target, frame.offset, size)
+        written = outgoing.marks[frame.layers[1] - 1]
+        flight.move = self._mover.pack(outgoing.table, region, flight.payload, after=written)
+
+    def _send_packed(self, outgoing: Outgoing, flight: Flight) -> None:
+        """Send a frame whose payload is whole; one that has landed in the meantime is done with."""
+        if flight.move is None or flight.payload is None or (total := flight.move.total()) is None:
+            return
+        payload, flight.payload, flight.move = flight.payload, None, None
+        if flight.landed:
+            self._land(outgoing, flight)
+            return
+        frame = replace(flight.frame, checksum=bind(total, flight.frame.identity(), payload.numel()))
+        self._transport.send(flight.lane.target, seal(frame), payload)
+
+    def _land(self, outgoing: Outgoing, flight: Flight) -> None:
+        """The receiver has the frame: its slot is free again."""
+        del outgoing.flights[flight.frame.sequence]
+        flight.lane.free_slots.append(flight.frame.offset)
+        self._progress(outgoing)
 
     def _beat(self, outgoing: Outgoing, now: float) -> None:
         """Renew the lease at all targets, and send the hand-off until it is acknowledged."""
@@ -204,13 +228,23 @@ class KvSender:
             case KvAck(sequence=sequence) if sequence == HAND_OFF_SEQUENCE:
                 outgoing.owes_hand_off = False
                 self._progress(outgoing)
-            case KvAck() if (flight := outgoing.flights.pop(reply.sequence, None)) is not None:
-                flight.lane.free_slots.append(flight.frame.offset)
-                self._progress(outgoing)
+            case KvAck() if (flight := outgoing.flights.get(reply.sequence)) is not None:
+                flight.landed = True
+                if flight.move is None:
+                    self._land(outgoing, flight)
 
     def _fail(self, outgoing: Outgoing, reason: str) -> None:
         self.abort(outgoing.ticket.transfer_id, reason)
         self._events.append(SendFailed(outgoing.ticket.transfer_id, reason))
+
+    def _end_stopped(self) -> None:
+        """Tell the receivers of stopped transfers that this rank writes no more, where that is so."""
+        stopping, self._stopping = self._stopping, []
+        for outgoing, reason in stopping:
+            if outgoing.is_packing:
+                self._stopping.append((outgoing, reason))
+            else:
+                self._say_drained(outgoing, reason)
 
     def _say_drained(self, outgoing: Outgoing, reason: str) -> None:
         for target in outgoing.targets(self._rank):

@@ -38,6 +38,7 @@ from splitserve.engine.ranks import ParkingService, Rank, Ranks, RankService
 from splitserve.engine.runner import ModelRunner
 from splitserve.engine.sequence import ModelLimits
 from splitserve.kv_transfer.memory import Faults, MemoryNetwork, MemoryReceiver, MemorySender
+from splitserve.kv_transfer.mover import HostMover
 from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.sender import KvSender
 from splitserve.kv_transfer.staging import WindowAllocator
@@ -152,9 +153,9 @@ class InProcessCluster:
         settings, clock = self.settings, time.monotonic
         network = MemoryNetwork(clock, settings.seed, settings.faults)
         prefill_runner, decode_runner = self._runner(), self._runner()
-        sender = KvSender(prefill_runner.cache, 0, MemorySender(network, "prefill"), clock)
+        sender = KvSender(HostMover(prefill_runner.cache), 0, MemorySender(network, "prefill"), clock)
         receiver = KvReceiver(
-            decode_runner.cache, 0, STAGING_BYTES, MemoryReceiver(network, "decode", STAGING_BYTES), clock
+            HostMover(decode_runner.cache), 0, STAGING_BYTES, MemoryReceiver(network, "decode", STAGING_BYTES), clock
         )
         prefill_ranks = Ranks(Rank(prefill_runner, SendService(prefill_runner, sender)))
         decode_ranks = Ranks(Rank(decode_runner, *self._decode_services(decode_runner), ReceiveService(receiver)))

@@ -17,6 +17,7 @@ from splitserve.models.config import ModelConfig
 ROOT = Path(__file__).parents[2]
 TOPOLOGIES = ROOT / "deploy" / "topologies"
 DEEPSEEK_V3 = ModelConfig.from_hf(json.loads((ROOT / "models" / "configs" / "deepseek-v3.json").read_text()))
+TINY_MOE = ModelConfig.from_hf(json.loads((ROOT / "examples" / "tiny_moe" / "model" / "config.json").read_text()))
 
 
 def llama(layers: int, heads: int, kv_heads: int, head_dim: int, wide: int, vocab: int, context: int) -> ModelConfig:
@@ -38,7 +39,12 @@ def llama(layers: int, heads: int, kv_heads: int, head_dim: int, wide: int, voca
 
 SMOLLM2 = llama(30, 9, 3, 64, 1536, 49152, 8192)
 LLAMA_8B = llama(32, 32, 8, 128, 14336, 128256, 131072)
-MODELS = {"smollm2-135m-instruct": SMOLLM2, "deepseek-v3": DEEPSEEK_V3, "models/Llama-3.1-8B-Instruct": LLAMA_8B}
+MODELS = {
+    "smollm2-135m-instruct": SMOLLM2,
+    "deepseek-v3": DEEPSEEK_V3,
+    "models/Llama-3.1-8B-Instruct": LLAMA_8B,
+    "examples/tiny_moe/model": TINY_MOE,
+}
 
 
 def plan_of(path: Path) -> Plan:

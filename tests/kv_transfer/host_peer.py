@@ -8,6 +8,7 @@ import time
 
 from splitserve.cluster.codec import unpack
 from splitserve.cluster.messages import Ticket
+from splitserve.kv_transfer.mover import HostMover
 from splitserve.kv_transfer.protocol import SenderEvent
 from splitserve.kv_transfer.sender import KvSender
 from splitserve.kv_transfer.shm import HostSender, host_id
@@ -23,7 +24,7 @@ def main(share: float) -> None:
     assert isinstance(ticket, Ticket)
     cache = poisoned_cache(SOURCE, 16)
     write(cache, 0, SOURCE_PAGES, dense_kv(SOURCE, TOKENS), range(TOKENS))
-    sender = KvSender(cache, 0, HostSender(TcpSender(time.monotonic), host_id()), time.monotonic)
+    sender = KvSender(HostMover(cache), 0, HostSender(TcpSender(time.monotonic), host_id()), time.monotonic)
     sender.begin(ticket, SOURCE_PAGES)
     for layer in range(SOURCE.num_layers):
         sender.ready(ticket.transfer_id, layer, int(TOKENS * share))

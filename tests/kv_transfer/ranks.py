@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,7 +12,9 @@ import torch
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import HandOff, RankEndpoint, Ticket
 from splitserve.engine.kv_cache import KvCache
+from splitserve.kernels.kv_pack import KvRegion
 from splitserve.kv_transfer.memory import Faults, MemoryNetwork, MemoryReceiver, MemorySender
+from splitserve.kv_transfer.mover import HostMover, Move, Moved
 from splitserve.kv_transfer.protocol import Incoming, ReceiverEvent, SenderEvent
 from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.sender import KvSender
@@ -78,6 +80,64 @@ def assert_same(found: KvCache, expected: KvCache) -> None:
         assert torch.equal(left, right), f"layer {layer} differs"
 
 
+class SlowDevice:
+    """Where copies take a while, one after the other, as on a GPU's stream: they happen when `tick` finds them due."""
+
+    def __init__(self, clock: Clock, longest_s: float, seed: int) -> None:
+        self.clock = clock
+        self._longest_s, self._random = longest_s, random.Random(seed)
+        self._under_way: list[SlowMove] = []
+
+    @property
+    def busy(self) -> int:
+        """Copies under way."""
+        return len(self._under_way)
+
+    def start(self, copy: Callable[[], Moved]) -> Move:
+        if not self._longest_s:
+            return copy()
+        move = SlowMove(self, copy, self.clock() + self._random.uniform(0, self._longest_s))
+        self._under_way.append(move)
+        return move
+
+    def tick(self) -> None:
+        while self._under_way and self._under_way[0].due <= self.clock():
+            self.run_next()
+
+    def run_next(self) -> None:
+        move = self._under_way.pop(0)
+        move.done = move.copy()
+
+
+@dataclass(eq=False)
+class SlowMove:
+    device: SlowDevice
+    copy: Callable[[], Moved]
+    due: float
+    done: Moved | None = None
+
+    def total(self) -> int | None:
+        return None if self.done is None else self.done.total()
+
+    def settle(self) -> None:
+        while self.done is None:
+            self.device.run_next()
+
+
+class SlowMover(HostMover):
+    """Copies as `HostMover` does, but on a `SlowDevice`."""
+
+    def __init__(self, cache: KvCache, device: SlowDevice) -> None:
+        super().__init__(cache)
+        self._device = device
+
+    def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: object) -> Move:  # type: ignore[override]
+        return self._device.start(lambda: HostMover.pack(self, table, region, payload, after))
+
+    def unpack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor) -> Move:  # type: ignore[override]
+        return self._device.start(lambda: HostMover.unpack(self, table, region, payload))
+
+
 @dataclass
 class Pair:
     """A prefill and a decode engine over a memory network."""
@@ -90,6 +150,7 @@ class Pair:
     faults: Faults = field(default_factory=Faults)
     shared_staging: bool = False
     lease_s: float = 8.0
+    copies_take_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.clock = Clock()
@@ -97,13 +158,17 @@ class Pair:
         self.epochs = EpochSource()
         self.source_caches = [poisoned_cache(self.source, self.num_pages) for _ in range(self.source.tp)]
         self.target_caches = [poisoned_cache(self.target, self.num_pages) for _ in range(self.target.tp)]
+        count = self.source.tp + self.target.tp
+        self.devices = [SlowDevice(self.clock, self.copies_take_s, self.seed + rank) for rank in range(count)]
         self.senders = [
-            KvSender(cache, rank, MemorySender(self.network, f"source/{rank}"), self.clock)
+            KvSender(
+                SlowMover(cache, self.devices[rank]), rank, MemorySender(self.network, f"source/{rank}"), self.clock
+            )
             for rank, cache in enumerate(self.source_caches)
         ]
         self.receivers = [
             KvReceiver(
-                cache,
+                SlowMover(cache, self.devices[self.source.tp + rank]),
                 rank,
                 self.staging_bytes,
                 MemoryReceiver(self.network, f"target/{rank}", self.staging_bytes),
@@ -157,8 +222,14 @@ class Pair:
 
     def step(self, seconds: float = 0.01) -> tuple[list[list[SenderEvent]], list[list[ReceiverEvent]]]:
         """One turn of every rank's loop: events by source rank, events by target rank."""
-        self.clock.now += seconds
+        self.tick(seconds)
         return [sender.pump() for sender in self.senders], [receiver.poll() for receiver in self.receivers]
+
+    def tick(self, seconds: float) -> None:
+        """Time passes, in which copies go on."""
+        self.clock.now += seconds
+        for device in self.devices:
+            device.tick()
 
     def _endpoint(self, rank: int, window: Window) -> RankEndpoint:
         address = f"target/{rank}"

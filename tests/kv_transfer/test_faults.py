@@ -57,7 +57,15 @@ class Chaos:
         self.rng = random.Random(seed)
         staging = 6144
         self.pair = Pair(
-            source, target, SOURCE_PAGES, staging, seed, faults, shared_staging=seed % 2 == 0, lease_s=LEASE_S
+            source,
+            target,
+            SOURCE_PAGES,
+            staging,
+            seed,
+            faults,
+            shared_staging=seed % 2 == 0,
+            lease_s=LEASE_S,
+            copies_take_s=(0.0, 0.3, 1.5)[seed % 3],
         )
         self.windows = WindowAllocator(staging)
         self.free_pages = list(range(TARGET_PAGES))
@@ -119,7 +127,7 @@ class Chaos:
                 sender.abort(name, "cancelled")
 
     def _turn(self, step: int) -> None:
-        self.pair.clock.now += STEP_S
+        self.pair.tick(STEP_S)
         for rank, sender in enumerate(self.pair.senders):
             if (rank == self.dead and step >= self.dies_after) or self.pair.clock.now < self.stalled_until[rank]:
                 continue
@@ -205,7 +213,7 @@ class Chaos:
         assert sorted(self.free_pages) == list(range(TARGET_PAGES))
         assert all(not receiver.resident for receiver in self.pair.receivers)
         for _ in range(100):
-            self.pair.clock.now += LEASE_S / 2
+            self.pair.tick(LEASE_S / 2)
             for sender in self.pair.senders:
                 sender.pump()
             for receiver in self.pair.receivers:

@@ -23,6 +23,8 @@ from splitserve.cluster.codec import pack
 from splitserve.cluster.errors import InsufficientResources, StartupError, TransferFailed
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import RankEndpoint, Ticket
+from splitserve.engine.kv_cache import KvCache
+from splitserve.kv_transfer.mover import HostMover
 from splitserve.kv_transfer.protocol import Freed, Incoming, ReceiveFailed, ReceiverEvent, SendFailed, Sent, Verified
 from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.sender import KvSender
@@ -56,6 +58,13 @@ def open_ends() -> Iterator[ExitStack]:
     assert not list(FOLDER.glob(f"splitserve-{CLUSTER}-*"))
 
 
+def prefill_sender(
+    open_ends: ExitStack, cache: KvCache | None = None, rank: int = 0, keys: CurveKeys | None = None
+) -> KvSender:
+    mover = HostMover(cache or poisoned_cache(SOURCE, 16))
+    return open_ends.enter_context(closing(KvSender(mover, rank, host_sender(keys), time.monotonic)))
+
+
 class DecodeRank:
     """A receiving rank that takes both ways, and the endpoint it would grant."""
 
@@ -74,7 +83,9 @@ class DecodeRank:
             control.endpoint, "shm" if shared else "tcp", host_id(), segment.name if shared else "", 4096, 1 << 16
         )
         self.cache = poisoned_cache(of, 16)
-        self.receiver = KvReceiver(self.cache, rank, STAGING_BYTES, ShmReceiver(control, segment), time.monotonic)
+        self.receiver = KvReceiver(
+            HostMover(self.cache), rank, STAGING_BYTES, ShmReceiver(control, segment), time.monotonic
+        )
         open_ends.callback(self.receiver.close)
 
     def open(self, ticket: Ticket, source: KvLayout, pages: list[int]) -> None:
@@ -115,7 +126,7 @@ def test_pages_arrive_bit_for_bit(
     for rank in range(source_tp):
         cache = poisoned_cache(source, 16)
         write(cache, rank, SOURCE_PAGES, dense, range(TOKENS))
-        sender = open_ends.enter_context(closing(KvSender(cache, rank, host_sender(keys), time.monotonic)))
+        sender = prefill_sender(open_ends, cache, rank, keys)
         senders.append(sender)
         sender.begin(ticket, SOURCE_PAGES)
         for layer in range(source.num_layers):
@@ -208,7 +219,7 @@ def test_an_address_that_cannot_be_bound_is_named() -> None:
 
 
 def test_an_address_that_is_none_is_refused(open_ends: ExitStack) -> None:
-    sender = open_ends.enter_context(closing(KvSender(poisoned_cache(SOURCE, 16), 0, host_sender(), time.monotonic)))
+    sender = prefill_sender(open_ends)
     ticket = Ticket("r/0", 1, TARGET, 0, TOKENS, 5.0, (RankEndpoint("nowhere", "tcp", "", "", 0, 1 << 16),))
     with pytest.raises(TransferFailed, match="address: found 'nowhere'"):
         sender.begin(ticket, SOURCE_PAGES)
@@ -216,7 +227,7 @@ def test_an_address_that_is_none_is_refused(open_ends: ExitStack) -> None:
 
 @pytest.mark.parametrize("segment", ["splitserve-x-1-00000000", "../../etc/passwd", ""])
 def test_a_segment_that_is_not_there_is_refused(open_ends: ExitStack, segment: str) -> None:
-    sender = open_ends.enter_context(closing(KvSender(poisoned_cache(SOURCE, 16), 0, host_sender(), time.monotonic)))
+    sender = prefill_sender(open_ends)
     endpoint = RankEndpoint("tcp://127.0.0.1:9", "shm", host_id(), segment, 0, 1 << 16)
     with pytest.raises(TransferFailed, match="segment: "):
         sender.begin(Ticket("r/0", 1, TARGET, 0, TOKENS, 5.0, (endpoint,)), SOURCE_PAGES)
@@ -226,7 +237,7 @@ def test_a_segment_that_is_not_there_is_refused(open_ends: ExitStack, segment: s
 def test_a_window_beyond_the_segment_ends_the_transfer(open_ends: ExitStack) -> None:
     decode = DecodeRank(open_ends)
     beyond = replace(decode.endpoint, window_offset=STAGING_BYTES)
-    sender = open_ends.enter_context(closing(KvSender(poisoned_cache(SOURCE, 16), 0, host_sender(), time.monotonic)))
+    sender = prefill_sender(open_ends)
     sender.begin(Ticket("r/0", 1, TARGET, 0, TOKENS, 5.0, (beyond,)), SOURCE_PAGES)
     for layer in range(SOURCE.num_layers):
         sender.ready("r/0", layer, TOKENS)

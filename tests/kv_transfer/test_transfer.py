@@ -12,6 +12,7 @@ from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import Ticket
 from splitserve.kv_transfer.lifecycle import Lifecycle, TransferState
+from splitserve.kv_transfer.memory import Faults
 from splitserve.kv_transfer.protocol import (
     Freed,
     KvAck,
@@ -194,6 +195,58 @@ def test_a_sender_that_aborts_ends_the_receiver_at_once() -> None:
     pair, _ = started()
     pair.senders[0].abort("r/0", "out of pages")
     assert pair.step() == ([[]], [[ReceiveFailed("r/0", "source rank 0 stopped: out of pages"), Freed("r/0")]])
+
+
+def slow_pair(seconds: float) -> tuple[Pair, Ticket]:
+    """One layer's worth of tokens under way, on devices whose copies take up to `seconds`."""
+    pair = Pair(layout(1, layers=1), layout(1, layers=1), shared_staging=True, copies_take_s=seconds)
+    ticket = pair.open("r/0", [0, 1], 0, 8, WINDOW)
+    pair.begin(ticket, [0, 1], dense_kv(pair.source, 8))
+    pair.all_ready(ticket)
+    return pair, ticket
+
+
+def test_a_sender_that_stops_writes_no_more_when_it_says_so() -> None:
+    pair, _ = slow_pair(3.0)
+    staging = pair.network.staging["target/0"]
+    pair.senders[0].pump()
+    pair.senders[0].abort("r/0", "cancelled")
+    received: list[list[ReceiverEvent]] = [[]]
+    while pair.devices[0].busy:
+        assert not staging.any()
+        assert received == [[]]
+        _, received = pair.step(0.1)
+    assert staging.any()
+    assert received == [[ReceiveFailed("r/0", "source rank 0 stopped: cancelled"), Freed("r/0")]]
+
+
+def test_a_slot_is_not_filled_anew_while_it_is_being_packed() -> None:
+    """An acknowledgement that comes while its frame is packed once more leaves the slot to that."""
+    pair, ticket = slow_pair(3.0)
+    sender = pair.senders[0]
+    (lane,) = sender._outgoing["r/0"].lanes
+    sender.pump()
+    (flight,) = sender._outgoing["r/0"].flights.values()
+    slots = len(lane.free_slots)
+    pair.network.post("source/0", "target/0", seal(KvAck("r/0", ticket.epoch, flight.frame.sequence)))
+    sender.pump()
+    assert len(lane.free_slots) == slots
+    while pair.devices[0].busy:
+        pair.tick(0.1)
+    sender.pump()
+    assert len(lane.free_slots) == slots + 1
+
+
+def test_a_repeated_frame_is_written_once() -> None:
+    pair, _ = slow_pair(3.0)
+    pair.network.faults = Faults(repeat=1.0)
+    pair.senders[0].pump()
+    while pair.devices[0].busy:
+        pair.tick(0.1)
+    pair.senders[0].pump()
+    pair.receivers[0].poll()
+    assert pair.devices[1].busy == 1
+    assert run(pair)[1] == [[Verified("r/0", HAND_OFF)]]
 
 
 def test_a_ticket_that_waits_for_its_turn_is_kept_and_can_be_declined() -> None:

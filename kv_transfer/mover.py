@@ -1,0 +1,69 @@
+"""Copies between a cache's pages and payloads: at once where the pages are in host memory, under way on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from splitserve.engine.kv_cache import KvCache
+from splitserve.kernels.kv_pack import KvRegion
+from splitserve.kv_transfer.checksum import weighted_sum
+from splitserve.kv_transfer.packing import cache_rows, pack, unpack
+
+
+class Move(Protocol):
+    """One copy. What it read and wrote must stay until `total` is known, or `settle` has been called."""
+
+    def total(self) -> int | None:
+        """The payload's weighted sum, once all of it is copied; None until then."""
+
+    def settle(self) -> None:
+        """Whatever the engine does to the pages from here on comes after this copy."""
+
+
+class Mover(Protocol):
+    """`table` are a sequence's pages, as `packing.page_table` makes it; a `payload` is uint8 of the region's size."""
+
+    cache: KvCache
+
+    def mark(self) -> object:
+        """What the engine has launched up to now, for `pack` to wait for."""
+
+    def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: object) -> Move:
+        """Copy `region` into `payload` when what was launched before the mark `after` is done."""
+
+    def unpack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor) -> Move:
+        """Copy `payload` into `region`. The sum is that of the words as they were written."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A copy that is done."""
+
+    sum: int
+
+    def total(self) -> int:
+        return self.sum
+
+    def settle(self) -> None:
+        """Nothing is under way."""
+
+
+class HostMover:
+    """Copies at once, by torch, between pages anywhere and payloads in host memory."""
+
+    def __init__(self, cache: KvCache) -> None:
+        self.cache = cache
+
+    def mark(self) -> None:
+        """Copies follow what the engine has launched by themselves."""
+
+    def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: object) -> Moved:
+        pack(self.cache, cache_rows(self.cache, table, region.heads, region.tokens), region.layers, payload)
+        return Moved(weighted_sum(payload))
+
+    def unpack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor) -> Moved:
+        unpack(self.cache, cache_rows(self.cache, table, region.heads, region.tokens), region.layers, payload)
+        return Moved(weighted_sum(payload))
