@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +11,7 @@ import torch
 from splitserve.engine.kv_cache import KvCache
 from splitserve.kernels.kv_pack import KvRegion
 from splitserve.kv_transfer.checksum import weighted_sum
-from splitserve.kv_transfer.packing import cache_rows, pack, unpack
+from splitserve.kv_transfer.packing import cache_rows, check_pages, pack, unpack
 
 
 class Move(Protocol):
@@ -24,17 +25,23 @@ class Move(Protocol):
 
 
 class Mover(Protocol):
-    """`table` are a sequence's pages, as `packing.page_table` makes it; a `payload` is uint8 of the region's size."""
+    """A `payload` is uint8 of its region's size; `after` is a mark, which the copy waits for."""
 
     cache: KvCache
 
     def mark(self) -> object:
-        """What the engine has launched up to now, for `pack` to wait for."""
+        """What the engine has launched up to now."""
+
+    def table(self, pages: Sequence[int], stop_token: int) -> torch.Tensor:
+        """Page numbers [pages] int64 on the cache's device; token t lies in pages[t // page_size].
+
+        Raises TransferFailed when they do not reach `stop_token`, repeat, or lie outside the cache.
+        """
 
     def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: object) -> Move:
-        """Copy `region` into `payload` when what was launched before the mark `after` is done."""
+        """Copy `region` of a table's pages into `payload`."""
 
-    def unpack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor) -> Move:
+    def unpack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: object) -> Move:
         """Copy `payload` into `region`. The sum is that of the words as they were written."""
 
 
@@ -60,10 +67,14 @@ class HostMover:
     def mark(self) -> None:
         """Copies follow what the engine has launched by themselves."""
 
+    def table(self, pages: Sequence[int], stop_token: int) -> torch.Tensor:
+        check_pages(self.cache, pages, stop_token)
+        return torch.tensor(pages, dtype=torch.int64, device=self.cache.layers[0].device)
+
     def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: object) -> Moved:
         pack(self.cache, cache_rows(self.cache, table, region.heads, region.tokens), region.layers, payload)
         return Moved(weighted_sum(payload))
 
-    def unpack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor) -> Moved:
+    def unpack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: object) -> Moved:
         unpack(self.cache, cache_rows(self.cache, table, region.heads, region.tokens), region.layers, payload)
         return Moved(weighted_sum(payload))

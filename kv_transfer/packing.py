@@ -28,17 +28,13 @@ def bytes_per_layer_token(layout: KvLayout, heads: tuple[int, int]) -> int:
     return layout.planes * (heads[1] - heads[0]) * size
 
 
-def page_table(cache: KvCache, pages: Sequence[int], stop_token: int) -> torch.Tensor:
-    """`pages` as an int64 tensor [pages] on the cache's device; token t lies in pages[t // page_size].
-
-    Raises TransferFailed when they do not reach `stop_token`, repeat, or lie outside the cache.
-    """
+def check_pages(cache: KvCache, pages: Sequence[int], stop_token: int) -> None:
+    """Raise TransferFailed when `pages` do not reach `stop_token`, repeat, or lie outside the cache."""
     needed = -(-stop_token // cache.layout.page_size)
     if len(pages) < needed:
         raise TransferFailed(f"pages: found {len(pages)}; {stop_token} tokens need {needed}")
     if len(set(pages)) != len(pages) or not all(0 <= page < cache.num_pages for page in pages):
         raise TransferFailed(f"pages: they repeat or lie outside the cache of {cache.num_pages} pages")
-    return torch.tensor(pages, dtype=torch.int64, device=cache.layers[0].device)
 
 
 def cache_rows(cache: KvCache, table: torch.Tensor, heads: tuple[int, int], tokens: tuple[int, int]) -> torch.Tensor:

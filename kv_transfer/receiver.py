@@ -10,7 +10,6 @@ from splitserve.kernels.kv_pack import KvRegion
 from splitserve.kv_transfer.checksum import bind
 from splitserve.kv_transfer.lifecycle import TransferState
 from splitserve.kv_transfer.mover import Mover
-from splitserve.kv_transfer.packing import page_table
 from splitserve.kv_transfer.protocol import (
     HAND_OFF_SEQUENCE,
     Freed,
@@ -78,8 +77,9 @@ class KvReceiver:
         """Await a transfer. Raises TransferFailed when its id, pages or window cannot be right."""
         if incoming.transfer_id in self._receptions:
             raise TransferFailed(f"transfer_id: {incoming.transfer_id} is open already")
-        table = page_table(self._mover.cache, incoming.pages, incoming.stop_token)
-        reception = Reception(incoming, self._mover.cache.layout, self._rank, table, self._clock())
+        table = self._mover.table(incoming.pages, incoming.stop_token)
+        mark, layout = self._mover.mark(), self._mover.cache.layout
+        reception = Reception(incoming, layout, self._rank, table, mark, self._clock())
         window = reception.window
         if window.offset < 0 or window.size < 0 or window.end > self._staging_bytes:
             raise TransferFailed(f"window: found {window}; staging has {self._staging_bytes} bytes")
@@ -176,7 +176,7 @@ class KvReceiver:
             self._answer(arrival.peer, frame, KvNack)
             return
         region = KvRegion(frame.layers, share.piece.target_heads, frame.tokens)
-        move = self._mover.unpack(reception.table, region, payload)
+        move = self._mover.unpack(reception.table, region, payload, after=reception.mark)
         reception.landings[frame.source_rank, frame.sequence] = Landing(frame, share, arrival.peer, move)
         self._end_landings(reception)
 

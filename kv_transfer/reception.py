@@ -71,11 +71,14 @@ class Reception:
     """A transfer on target rank `rank`. `expires` ends the lease, and after the end, the window's quarantine.
 
     `writers` are the source ranks that may still send; `peers` are the transport's names of those that have.
-    `landings` are by source rank and sequence. Rank 0 also awaits the hand-off, from source rank 0.
+    `landings` are by source rank and sequence. Behind `mark` nothing else uses the pages of `table` any more. Rank 0
+    also awaits the hand-off, from source rank 0.
     """
 
-    def __init__(self, incoming: Incoming, layout: KvLayout, rank: int, table: torch.Tensor, now: float) -> None:
-        self.incoming, self.table = incoming, table
+    def __init__(
+        self, incoming: Incoming, layout: KvLayout, rank: int, table: torch.Tensor, mark: object, now: float
+    ) -> None:
+        self.incoming, self.table, self.mark = incoming, table, mark
         self.window = Window(incoming.window_offset, incoming.window_bytes)
         self.lifecycle = Lifecycle()
         self.hand_off: HandOff | None = None

@@ -13,7 +13,6 @@ from splitserve.kernels.kv_pack import KvRegion
 from splitserve.kv_transfer.checksum import bind
 from splitserve.kv_transfer.mover import Mover
 from splitserve.kv_transfer.outgoing import Flight, Outgoing, build_lanes
-from splitserve.kv_transfer.packing import page_table
 from splitserve.kv_transfer.protocol import (
     HAND_OFF_SEQUENCE,
     FromSender,
@@ -46,7 +45,6 @@ class KvSender:
 
     def __init__(self, mover: Mover, rank: int, transport: SenderTransport, clock: Callable[[], float]) -> None:
         self._mover, self._rank, self._transport, self._clock = mover, rank, transport, clock
-        self._cache = mover.cache
         self._outgoing: dict[str, Outgoing] = {}
         self._stopping: list[tuple[Outgoing, str]] = []
         self._events: list[SenderEvent] = []
@@ -72,10 +70,10 @@ class KvSender:
         now = self._clock()
         outgoing = Outgoing(
             ticket=ticket,
-            table=page_table(self._cache, pages, ticket.num_tokens),
-            lanes=build_lanes(ticket, self._cache.layout, self._rank),
-            ready=[ticket.start_token] * self._cache.layout.num_layers,
-            marks=[None] * self._cache.layout.num_layers,
+            table=self._mover.table(pages, ticket.num_tokens),
+            lanes=build_lanes(ticket, self._mover.cache.layout, self._rank),
+            ready=[ticket.start_token] * self._mover.cache.layout.num_layers,
+            marks=[None] * self._mover.cache.layout.num_layers,
             owes_hand_off=self._rank == 0,
             expires=now + ticket.lease_s,
             beat_at=now,

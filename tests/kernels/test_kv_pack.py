@@ -12,7 +12,8 @@ from splitserve.engine.kv_cache import KvCache
 from splitserve.kernels.kv_pack import KvRegion, PagedLayers, pack_kv, unpack_kv
 from splitserve.kernels.launch import INTERPRETING
 from splitserve.kv_transfer.checksum import checksum, weighted_sum
-from splitserve.kv_transfer.packing import cache_rows, pack, page_table
+from splitserve.kv_transfer.mover import HostMover
+from splitserve.kv_transfer.packing import cache_rows
 
 DEVICE = torch.device("cpu" if INTERPRETING else "cuda")
 PAGES = 12
@@ -52,22 +53,23 @@ def test_payload_and_sum_are_the_hosts(name: str, seed: int) -> None:
     dice = random.Random(f"{name}{seed}")
     cache = random_cache(LAYOUTS[name], seed)
     region = random_region(dice, cache)
-    table = page_table(cache, dice.sample(range(PAGES), PAGES), PAGES * cache.layout.page_size)
+    host = HostMover(cache)
+    table = host.table(dice.sample(range(PAGES), PAGES), PAGES * cache.layout.page_size)
     rows = cache_rows(cache, table, region.heads, region.tokens)
     layers = PagedLayers.of(cache.layers)
     expected = torch.empty(region.rows(layers.planes) * layers.row_bytes, dtype=torch.uint8)
-    pack(cache, rows, region.layers, expected)
+    expected_total = host.pack(table, region, expected, None).total()
 
     payload, total = torch.empty_like(expected, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
     pack_kv(layers, table, region, payload, total, sms=dice.choice((0, 1)))
     assert torch.equal(payload.cpu(), expected)
-    assert int(total) == weighted_sum(expected)
+    assert int(total) == expected_total
 
     other = random_cache(LAYOUTS[name], seed + 50)
     before = [layer.clone() for layer in other.layers]
     total.zero_()
     unpack_kv(PagedLayers.of(other.layers), table, region, payload, total)
-    assert int(total) == weighted_sum(expected)
+    assert int(total) == expected_total
     for number, (layer, old) in enumerate(zip(other.layers, before, strict=True)):
         moved = old.view(-1, old.shape[-1]).clone()
         if region.layers[0] <= number < region.layers[1]:
@@ -80,7 +82,7 @@ def test_payloads_of_several_blocks() -> None:
     cache = random_cache(layout, 7)
     region = KvRegion((0, 4), (0, 2), (5, PAGES * 16 - 3))
     layers = PagedLayers.of(cache.layers)
-    table = page_table(cache, range(PAGES), PAGES * 16)
+    table = HostMover(cache).table(range(PAGES), PAGES * 16)
     payload = torch.empty(region.rows(2) * layers.row_bytes, dtype=torch.uint8, device=DEVICE)
     total = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     pack_kv(layers, table, region, payload, total, sms=1)
@@ -91,7 +93,7 @@ def test_payloads_of_several_blocks() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     cache = random_cache(LAYOUTS["heads"], 0)
-    layers, table = PagedLayers.of(cache.layers), page_table(cache, [0], 16)
+    layers, table = PagedLayers.of(cache.layers), HostMover(cache).table([0], 16)
     total = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match="payload: found 8 bytes for 2 rows of 256"):
         pack_kv(layers, table, KvRegion((0, 1), (0, 1), (0, 1)), torch.empty(8, dtype=torch.uint8), total)

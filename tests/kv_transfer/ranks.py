@@ -134,8 +134,8 @@ class SlowMover(HostMover):
     def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: object) -> Move:  # type: ignore[override]
         return self._device.start(lambda: HostMover.pack(self, table, region, payload, after))
 
-    def unpack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor) -> Move:  # type: ignore[override]
-        return self._device.start(lambda: HostMover.unpack(self, table, region, payload))
+    def unpack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: object) -> Move:  # type: ignore[override]
+        return self._device.start(lambda: HostMover.unpack(self, table, region, payload, after))
 
 
 @dataclass

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.layout import KvLayout
-from splitserve.kv_transfer.packing import bytes_per_layer_token, cache_rows, pack, page_table, unpack
+from splitserve.kernels.kv_pack import KvRegion
+from splitserve.kv_transfer.mover import HostMover
+from splitserve.kv_transfer.packing import bytes_per_layer_token
 from splitserve.kv_transfer.reshard import Piece, reshard
 from tests.kv_transfer.ranks import (
     assert_same,
@@ -63,15 +65,12 @@ def test_pieces_rebuild_every_target_exactly_once(
         payload = torch.empty(piece_bytes(source, piece), dtype=torch.uint8)
         tokens, layers = (piece.start_token, piece.stop_token), (0, source.num_layers)
         cache, result = caches[piece.source_rank], results[piece.target_rank]
-        pack(
-            cache, cache_rows(cache, page_table(cache, source_pages, stop), piece.source_heads, tokens), layers, payload
-        )
-        unpack(
-            result,
-            cache_rows(result, page_table(result, target_pages, stop), piece.target_heads, tokens),
-            layers,
-            payload,
-        )
+        leaving = KvRegion(layers, piece.source_heads, tokens)
+        arriving = KvRegion(layers, piece.target_heads, tokens)
+        sender, receiver = HostMover(cache), HostMover(result)
+        packed = sender.pack(sender.table(source_pages, stop), leaving, payload, None)
+        unpacked = receiver.unpack(receiver.table(target_pages, stop), arriving, payload, None)
+        assert packed == unpacked
 
     for rank, result in enumerate(results):
         assert_same(result, expected_cache(target, rank, num_pages, target_pages, dense, range(start, stop)))
@@ -127,7 +126,7 @@ def test_a_range_that_is_none_is_refused() -> None:
 )
 def test_pages_that_cannot_be_right_are_refused(pages: list[int], match: str) -> None:
     with pytest.raises(TransferFailed, match=match):
-        page_table(poisoned_cache(layout(), 8), pages, 9)
+        HostMover(poisoned_cache(layout(), 8)).table(pages, 9)
 
 
 def test_bfloat16_travels_bit_for_bit() -> None:
@@ -135,8 +134,9 @@ def test_bfloat16_travels_bit_for_bit() -> None:
     source, target = poisoned_cache(of, 4), poisoned_cache(of, 4)
     source.layers[0].view(torch.int16).copy_(torch.arange(source.layers[0].numel()).view_as(source.layers[0]) * 997)
     payload = torch.empty(2 * 4 * 4 * 2, dtype=torch.uint8)
-    pack(source, cache_rows(source, page_table(source, [3, 1], 4), (0, 1), (0, 4)), (0, 1), payload)
-    unpack(target, cache_rows(target, page_table(target, [0, 2], 4), (0, 1), (0, 4)), (0, 1), payload)
+    sender, receiver, region = HostMover(source), HostMover(target), KvRegion((0, 1), (0, 1), (0, 4))
+    sender.pack(sender.table([3, 1], 4), region, payload, None)
+    receiver.unpack(receiver.table([0, 2], 4), region, payload, None)
     for source_page, target_page in ((3, 0), (1, 2)):
         left, right = source.layers[0][:, source_page], target.layers[0][:, target_page]
         assert torch.equal(left.view(torch.int16), right.view(torch.int16))
