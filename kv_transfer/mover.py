@@ -13,6 +13,8 @@ from splitserve.kernels.kv_pack import KvRegion
 from splitserve.kv_transfer.checksum import weighted_sum
 from splitserve.kv_transfer.packing import cache_rows, check_pages, pack, unpack
 
+Mark = torch.cuda.Event | None
+
 
 class Move(Protocol):
     """One copy. What it read and wrote must stay until `total` is known, or `settle` has been called."""
@@ -29,7 +31,7 @@ class Mover(Protocol):
 
     cache: KvCache
 
-    def mark(self) -> object:
+    def mark(self) -> Mark:
         """What the engine has launched up to now."""
 
     def table(self, pages: Sequence[int], stop_token: int) -> torch.Tensor:
@@ -38,10 +40,10 @@ class Mover(Protocol):
         Raises TransferFailed when they do not reach `stop_token`, repeat, or lie outside the cache.
         """
 
-    def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: object) -> Move:
+    def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: Mark) -> Move:
         """Copy `region` of a table's pages into `payload`."""
 
-    def unpack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: object) -> Move:
+    def unpack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: Mark) -> Move:
         """Copy `payload` into `region`. The sum is that of the words as they were written."""
 
 
@@ -71,10 +73,10 @@ class HostMover:
         check_pages(self.cache, pages, stop_token)
         return torch.tensor(pages, dtype=torch.int64, device=self.cache.layers[0].device)
 
-    def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: object) -> Moved:
+    def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: Mark) -> Moved:
         pack(self.cache, cache_rows(self.cache, table, region.heads, region.tokens), region.layers, payload)
         return Moved(weighted_sum(payload))
 
-    def unpack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: object) -> Moved:
+    def unpack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: Mark) -> Moved:
         unpack(self.cache, cache_rows(self.cache, table, region.heads, region.tokens), region.layers, payload)
         return Moved(weighted_sum(payload))

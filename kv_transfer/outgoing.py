@@ -10,7 +10,7 @@ import torch
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import HandOff, RankEndpoint, Ticket
-from splitserve.kv_transfer.mover import Move
+from splitserve.kv_transfer.mover import Mark, Move
 from splitserve.kv_transfer.packing import bytes_per_layer_token
 from splitserve.kv_transfer.protocol import KvFrame
 from splitserve.kv_transfer.reshard import Piece, reshard
@@ -108,7 +108,7 @@ class Outgoing:
     table: torch.Tensor
     lanes: list[Lane]
     ready: list[int]
-    marks: list[object]
+    marks: list[Mark]
     owes_hand_off: bool
     expires: float
     beat_at: float

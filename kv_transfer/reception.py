@@ -10,7 +10,7 @@ import torch
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import HandOff
 from splitserve.kv_transfer.lifecycle import Lifecycle
-from splitserve.kv_transfer.mover import Move
+from splitserve.kv_transfer.mover import Mark, Move
 from splitserve.kv_transfer.packing import bytes_per_layer_token
 from splitserve.kv_transfer.protocol import Incoming, KvFrame
 from splitserve.kv_transfer.reshard import Piece, reshard
@@ -76,7 +76,7 @@ class Reception:
     """
 
     def __init__(
-        self, incoming: Incoming, layout: KvLayout, rank: int, table: torch.Tensor, mark: object, now: float
+        self, incoming: Incoming, layout: KvLayout, rank: int, table: torch.Tensor, mark: Mark, now: float
     ) -> None:
         self.incoming, self.table, self.mark = incoming, table, mark
         self.window = Window(incoming.window_offset, incoming.window_bytes)

@@ -14,7 +14,7 @@ from splitserve.cluster.messages import HandOff, RankEndpoint, Ticket
 from splitserve.engine.kv_cache import KvCache
 from splitserve.kernels.kv_pack import KvRegion
 from splitserve.kv_transfer.memory import Faults, MemoryNetwork, MemoryReceiver, MemorySender
-from splitserve.kv_transfer.mover import HostMover, Move, Moved
+from splitserve.kv_transfer.mover import HostMover, Mark, Move, Moved
 from splitserve.kv_transfer.protocol import Incoming, ReceiverEvent, SenderEvent
 from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.sender import KvSender
@@ -131,10 +131,10 @@ class SlowMover(HostMover):
         super().__init__(cache)
         self._device = device
 
-    def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: object) -> Move:  # type: ignore[override]
+    def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: Mark) -> Move:  # type: ignore[override]
         return self._device.start(lambda: HostMover.pack(self, table, region, payload, after))
 
-    def unpack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: object) -> Move:  # type: ignore[override]
+    def unpack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: Mark) -> Move:  # type: ignore[override]
         return self._device.start(lambda: HostMover.unpack(self, table, region, payload, after))
 
 

@@ -1,0 +1,97 @@
+"""Staging in a GPU's memory that other processes of the host write into, through the driver's IPC handles.
+
+Torch's own way of sharing reference-counts through files and pickled descriptions; here a handle is 64 bytes in a
+name, and memory belongs to its `CudaSegment` alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from typing import Any
+
+import torch
+
+from splitserve.cluster.errors import InsufficientResources, TransferFailed
+
+HANDLE_BYTES = 64
+LAZY_PEER_ACCESS = 1
+_NAME = re.compile(rf"cuda-(?P<handle>[0-9a-f]{{{2 * HANDLE_BYTES}}})")
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = (("reserved", ctypes.c_byte * HANDLE_BYTES),)
+
+
+class CudaSegment:
+    """A receiver's staging area on `device`: `bytes` uint8 [size], and the `name` that another process attaches.
+
+    Raises InsufficientResources when the GPU has no room for `size` bytes.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._address = ctypes.c_uint64()
+        handle = _Handle()
+        with torch.cuda.device(device):
+            torch.cuda.current_stream()  # the driver's calls need the context that this makes
+            if fault := _call("cuMemAlloc_v2", ctypes.byref(self._address), ctypes.c_size_t(size)):
+                raise InsufficientResources(f"staging: {device} has no room for {size} bytes ({fault})")
+            _check("cuIpcGetMemHandle", ctypes.byref(handle), self._address)
+            self.bytes = _view(self._address.value, size, device)
+        self.name = f"cuda-{bytes(handle.reserved).hex()}"
+
+    def close(self) -> None:
+        _check("cuMemFree_v2", self._address)
+
+
+class CudaMapping:
+    """Another process's segment, as this process's `device` reaches it: `bytes` uint8 [its size].
+
+    Raises TransferFailed when `name` is no segment's, or its process is gone.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise TransferFailed(f"segment: found {name!r}; that is no name of a segment")
+        handle = _Handle.from_buffer_copy(bytes.fromhex(match["handle"]))
+        self._address = ctypes.c_uint64()
+        base, size = ctypes.c_uint64(), ctypes.c_size_t()
+        with torch.cuda.device(device):
+            torch.cuda.current_stream()
+            fault = _call("cuIpcOpenMemHandle_v2", ctypes.byref(self._address), handle, LAZY_PEER_ACCESS)
+            if fault:
+                raise TransferFailed(f"segment: {name[:16]}... cannot be opened ({fault})")
+            _check("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), self._address)
+            self.bytes = _view(self._address.value, size.value, device)
+
+    def close(self) -> None:
+        """Nothing of this process may be writing there any more."""
+        _check("cuIpcCloseMemHandle", self._address)
+
+
+class _Bytes:
+    """What torch makes a tensor of, without a copy."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3}
+
+
+def _view(address: int, size: int, device: torch.device) -> torch.Tensor:
+    return torch.as_tensor(_Bytes(address, size), device=device)
+
+
+def _call(name: str, *arguments: Any) -> str:
+    """The name of the error, or an empty text."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    code: int = getattr(driver, name)(*arguments)
+    if not code:
+        return ""
+    text = ctypes.c_char_p()
+    driver.cuGetErrorName(code, ctypes.byref(text))
+    return (text.value or str(code).encode()).decode()
+
+
+def _check(name: str, *arguments: Any) -> None:
+    if fault := _call(name, *arguments):
+        raise RuntimeError(f"{name}: {fault}")

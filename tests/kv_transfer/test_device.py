@@ -1,0 +1,111 @@
+"""KV between GPUs' pages: copies that are under way, and staging that another process writes into."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from multiprocessing.connection import Connection
+
+import pytest
+import torch
+
+from splitserve.cluster.errors import TransferFailed
+from splitserve.cluster.layout import KvLayout
+from splitserve.engine.kv_cache import KvCache
+from splitserve.kernels.kv_pack import KvRegion
+from splitserve.kv_transfer.cuda_ipc import CudaMapping, CudaSegment
+from splitserve.kv_transfer.device_mover import DeviceMove, DeviceMover
+from splitserve.kv_transfer.mover import HostMover
+
+pytestmark = pytest.mark.gpu
+
+LAYOUT = KvLayout(1, 4, 1, 1, 576, 64, "bfloat16")
+REGION = KvRegion((1, 4), (0, 1), (70, 500))
+PAGES = [5, 0, 11, 7, 2, 9, 1, 3]
+SIZE = REGION.rows(1) * 576 * 2
+
+
+def filled_cache(seed: int, device: str = "cuda") -> KvCache:
+    cache = KvCache(LAYOUT, 12, torch.device(device))
+    for number, layer in enumerate(cache.layers):
+        layer.copy_(torch.randn(layer.shape, generator=torch.Generator().manual_seed(seed * 10 + number)))
+    return cache
+
+
+def expected_payload(seed: int) -> tuple[torch.Tensor, int]:
+    host, payload = HostMover(filled_cache(seed, "cpu")), torch.empty(SIZE, dtype=torch.uint8)
+    return payload, host.pack(host.table(PAGES, 500), REGION, payload, None).total()
+
+
+def total_of(move: DeviceMove) -> int:
+    deadline = time.monotonic() + 20
+    while (total := move.total()) is None:
+        assert time.monotonic() < deadline
+    return total
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_payloads_are_those_of_the_host(where: str) -> None:
+    payload, expected = expected_payload(1)
+    mover = DeviceMover(filled_cache(1))
+    found = torch.empty(SIZE, dtype=torch.uint8, device=where)
+    assert total_of(mover.pack(mover.table(PAGES, 500), REGION, found, mover.mark())) == expected
+    assert torch.equal(found.cpu(), payload)
+
+    target = DeviceMover(filled_cache(2))
+    assert total_of(target.unpack(target.table(PAGES, 500), REGION, payload.to(where), target.mark())) == expected
+    back = torch.empty(SIZE, dtype=torch.uint8)
+    assert total_of(target.pack(target.table(PAGES, 500), REGION, back, None)) == expected
+    for left, right in zip(target.cache.layers, filled_cache(2).layers, strict=True):
+        untouched = [page for page in range(12) if page not in PAGES]
+        assert torch.equal(left[:, untouched], right[:, untouched])
+
+
+def test_copies_wait_for_their_mark_and_the_engine_for_settled_copies() -> None:
+    mover, payload = DeviceMover(filled_cache(1)), torch.empty(SIZE, dtype=torch.uint8, device="cuda")
+    table, (_, other) = mover.table(PAGES, 500), expected_payload(3)
+    torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
+    for layer, values in zip(mover.cache.layers, filled_cache(3).layers, strict=True):
+        layer.copy_(values)
+    move = mover.pack(table, REGION, payload, mover.mark())
+    assert move.total() is None
+    move.settle()
+    mover.cache.layers[1].zero_()
+    assert total_of(move) == other
+
+
+def fill(connection: Connection, name: str, device: str) -> None:
+    mapping = CudaMapping(name, torch.device(device))
+    mover = DeviceMover(filled_cache(4, device))
+    total = total_of(mover.pack(mover.table(PAGES, 500), REGION, mapping.bytes[4096 : 4096 + SIZE], None))
+    connection.send((mapping.bytes.numel(), total))
+    connection.recv()
+    mapping.close()
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_another_process_writes_into_the_segment(device: str) -> None:
+    if int(device[-1]) >= torch.cuda.device_count():
+        pytest.skip("one GPU only")
+    payload, expected = expected_payload(4)
+    segment = CudaSegment(1 << 22, torch.device("cuda:0"))
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=fill, args=(theirs, segment.name, device))
+    process.start()
+    size, total = ours.recv()
+    assert size >= 1 << 22
+    assert total == expected
+    assert torch.equal(segment.bytes[4096 : 4096 + SIZE].cpu(), payload)
+    ours.send("done")
+    process.join(20)
+    assert process.exitcode == 0
+    free = torch.cuda.mem_get_info()[0]
+    segment.close()
+    assert torch.cuda.mem_get_info()[0] - free >= 1 << 22
+
+
+@pytest.mark.parametrize("name", ["splitserve-x-1-00000000", f"cuda-{'0' * 128}", "cuda-12"])
+def test_a_segment_that_is_not_there_is_refused(name: str) -> None:
+    with pytest.raises(TransferFailed, match="segment: "):
+        CudaMapping(name, torch.device("cuda"))
