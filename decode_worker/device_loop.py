@@ -135,6 +135,7 @@ class DecodeLoop:
     """A rank service. Captures a graph for each of `capacities`, the last of which is the number of slots."""
 
     sockets: ClassVar[list[Socket]] = []
+    busy: ClassVar[bool] = False  # its engine waits for steps itself
 
     def __init__(
         self, model: Decoder, config: ModelConfig, cache: KvCache, capacities: Sequence[int], context: int

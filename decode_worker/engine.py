@@ -113,7 +113,7 @@ class DecodeEngine:
         outcomes = self._steps.results()
         if not launched and not outcomes:
             self._fail_deadlocked()
-            return False
+            return self._ranks.busy
         self._advance(outcomes)
         return True
 

@@ -79,6 +79,10 @@ class ReceiveService:
     def sockets(self) -> list[Socket]:
         return self._receiver.sockets
 
+    @property
+    def busy(self) -> bool:
+        return self._receiver.busy
+
     def poll(self) -> list[object]:
         return list(self._receiver.poll())
 

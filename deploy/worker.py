@@ -149,5 +149,5 @@ def follow(rank: Rank, link: FollowerLink, stop: threading.Event) -> None:
             rank.execute(command)
         for report in rank.poll():
             link.report(report)
-        if command is None:
+        if command is None and not rank.busy:
             wait([link.socket, *rank.sockets], IDLE_WAIT_MS)

@@ -63,6 +63,10 @@ class RankService(Protocol):
     def sockets(self) -> list[Socket]:
         """Those that `poll` reads."""
 
+    @property
+    def busy(self) -> bool:
+        """Whether a device is at work for this service, which no socket tells of."""
+
     def poll(self) -> list[object]:
         """Reports for the leader since the last call; also the service's chance to make progress."""
 
@@ -89,6 +93,10 @@ class Rank:
     def sockets(self) -> list[Socket]:
         return [socket for service in self._services for socket in service.sockets]
 
+    @property
+    def busy(self) -> bool:
+        return any(service.busy for service in self._services)
+
     def poll(self) -> list[object]:
         return [report for service in self._services for report in service.poll()]
 
@@ -97,6 +105,7 @@ class ParkingService:
     """Preempted KV in host memory."""
 
     sockets: ClassVar[list[Socket]] = []
+    busy: ClassVar[bool] = False
 
     def __init__(self, runner: ModelRunner, host_tier: HostTier) -> None:
         cache = runner.cache
@@ -128,6 +137,11 @@ class Ranks:
     def sockets(self) -> list[Socket]:
         """Those that `poll` reads."""
         return self._local.sockets if self._link is None else [*self._local.sockets, self._link.socket]
+
+    @property
+    def busy(self) -> bool:
+        """Whether to poll again at once, whatever the sockets say."""
+        return self._local.busy
 
     def poll(self) -> list[tuple[int, object]]:
         """Reports as (rank, report)."""

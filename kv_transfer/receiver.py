@@ -69,6 +69,11 @@ class KvReceiver:
         return self._transport.sockets
 
     @property
+    def busy(self) -> bool:
+        """Whether a device writes what has come into pages, as `poll` last saw it."""
+        return any(reception.landings for reception in self._receptions.values())
+
+    @property
     def resident(self) -> dict[str, TransferState]:
         """Transfers that still hold a window, and where they stand."""
         return {transfer_id: reception.lifecycle.state for transfer_id, reception in self._receptions.items()}

@@ -56,6 +56,12 @@ class KvSender:
         return self._transport.sockets
 
     @property
+    def busy(self) -> bool:
+        """Whether a device packs for a transfer, as `pump` last saw it."""
+        flights = [flight for outgoing in self._outgoing.values() for flight in outgoing.flights.values()]
+        return bool(self._stopping) or any(flight.move is not None for flight in flights)
+
+    @property
     def active(self) -> tuple[str, ...]:
         """Transfers that have not ended."""
         return tuple(self._outgoing)

@@ -124,7 +124,7 @@ class PrefillEngine:
         while self._under_way and (self._under_way[0].tokens.ready or len(self._under_way) > bool(chunks)):
             self._finish(self._under_way.popleft())
             finished = True
-        return bool(chunks) or finished
+        return bool(chunks) or finished or self._ranks.busy
 
     @property
     def sockets(self) -> list[Socket]:

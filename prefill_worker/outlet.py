@@ -125,6 +125,10 @@ class SendService:
     def sockets(self) -> list[Socket]:
         return self._sender.sockets
 
+    @property
+    def busy(self) -> bool:
+        return self._sender.busy
+
     def poll(self) -> list[object]:
         self._pump()
         reports, self._reports = self._reports, []

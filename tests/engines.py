@@ -38,7 +38,6 @@ from splitserve.engine.ranks import ParkingService, Rank, Ranks, RankService
 from splitserve.engine.runner import ModelRunner
 from splitserve.engine.sequence import ModelLimits
 from splitserve.kv_transfer.memory import Faults, MemoryNetwork, MemoryReceiver, MemorySender
-from splitserve.kv_transfer.mover import HostMover
 from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.sender import KvSender
 from splitserve.kv_transfer.staging import WindowAllocator
@@ -48,6 +47,7 @@ from splitserve.models.resolve import load_model_config
 from splitserve.models.weights import load_model
 from splitserve.prefill_worker.engine import PrefillEngine, PrefillLimits
 from splitserve.prefill_worker.outlet import SendOutlet, SendService
+from tests.kv_transfer.ranks import SlowDevice, SlowMover
 
 ROUTER = b"router"
 STAGING_BYTES = 1 << 20
@@ -65,6 +65,7 @@ class Settings:
     prefix_cache: bool = True
     host_tier: int = 1 << 30
     faults: Faults = field(default_factory=Faults)
+    copies_take_s: float = 0.0  # of KV, at most
     seed: int = 0
     lease_s: float = 20.0
     capacities: tuple[int, ...] = ()  # of decode graphs; without them decode runs step by step
@@ -105,6 +106,7 @@ class InProcessCluster:
         self._asked: dict[str, tuple[list[int], SamplingParams]] = {}
         self._retry: list[str] = []
         self._limits = ModelLimits(settings.context, self._config.vocab_size, frozenset(self._config.eos_token_ids))
+        self.devices: list[SlowDevice] = []
         self.engines: list[Any] = self._split() if settings.split else self._colocated()
 
     def ask(self, name: str, token_ids: list[int], params: SamplingParams) -> None:
@@ -135,6 +137,8 @@ class InProcessCluster:
         retry, self._retry = self._retry, []
         for name in retry:
             self._reserve(name)
+        for device in self.devices:
+            device.tick()
         for engine in self.engines:
             engine.step()
 
@@ -153,10 +157,10 @@ class InProcessCluster:
         settings, clock = self.settings, time.monotonic
         network = MemoryNetwork(clock, settings.seed, settings.faults)
         prefill_runner, decode_runner = self._runner(), self._runner()
-        sender = KvSender(HostMover(prefill_runner.cache), 0, MemorySender(network, "prefill"), clock)
-        receiver = KvReceiver(
-            HostMover(decode_runner.cache), 0, STAGING_BYTES, MemoryReceiver(network, "decode", STAGING_BYTES), clock
-        )
+        self.devices = [SlowDevice(clock, settings.copies_take_s, settings.seed + number) for number in range(2)]
+        packing, unpacking = map(SlowMover, (prefill_runner.cache, decode_runner.cache), self.devices)
+        sender = KvSender(packing, 0, MemorySender(network, "prefill"), clock)
+        receiver = KvReceiver(unpacking, 0, STAGING_BYTES, MemoryReceiver(network, "decode", STAGING_BYTES), clock)
         prefill_ranks = Ranks(Rank(prefill_runner, SendService(prefill_runner, sender)))
         decode_ranks = Ranks(Rank(decode_runner, *self._decode_services(decode_runner), ReceiveService(receiver)))
         endpoint = RankEndpoint("decode", "memory", "", "", 0, 0)

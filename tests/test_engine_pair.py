@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,13 +157,30 @@ def test_a_full_decode_engine_says_busy_and_serves_all(tiny_model: Path) -> None
     assert_everything_is_free(cluster)
 
 
+def test_engines_do_not_rest_while_kv_is_being_copied(tiny_model: Path) -> None:
+    cluster = InProcessCluster(tiny_model, Settings(copies_take_s=0.1))
+    cluster.ask("a", PROMPT, PARAMS)
+    busy = [0, 0]
+    deadline = time.monotonic() + 60
+    while len(cluster.answers["a"].reasons) < 1:
+        assert time.monotonic() < deadline
+        for index, (engine, device) in enumerate(zip(cluster.engines, cluster.devices, strict=True)):
+            device.tick()
+            worked = engine.step()
+            busy[index] += device.busy
+            assert worked or not device.busy
+    assert min(busy) > 0
+    assert_everything_is_free(cluster)
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_faulty_links_change_no_token(tiny_model: Path, seed: int) -> None:
     """Lost, late, repeated and damaged KV messages: a request gets its tokens, or a clear error, and nothing leaks."""
     params = replace(PARAMS, temperature=0.8, seed=seed)
     quiet = InProcessCluster(tiny_model)
     faults = Faults(drop=0.1, repeat=0.1, corrupt=0.1, delay_s=0.01)
-    noisy = InProcessCluster(tiny_model, Settings(faults=faults, seed=seed, lease_s=0.4))
+    slow = (0.0, 0.02)[seed % 2]
+    noisy = InProcessCluster(tiny_model, Settings(faults=faults, copies_take_s=slow, seed=seed, lease_s=0.4))
     for cluster in (quiet, noisy):
         for index in range(4):
             cluster.ask(f"{index}", random.Random(index).choices(range(3, 300), k=100), params)

@@ -83,7 +83,7 @@ def assert_same(found: KvCache, expected: KvCache) -> None:
 class SlowDevice:
     """Where copies take a while, one after the other, as on a GPU's stream: they happen when `tick` finds them due."""
 
-    def __init__(self, clock: Clock, longest_s: float, seed: int) -> None:
+    def __init__(self, clock: Callable[[], float], longest_s: float, seed: int) -> None:
         self.clock = clock
         self._longest_s, self._random = longest_s, random.Random(seed)
         self._under_way: list[SlowMove] = []

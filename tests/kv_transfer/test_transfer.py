@@ -213,9 +213,11 @@ def test_a_sender_that_stops_writes_no_more_when_it_says_so() -> None:
     pair.senders[0].abort("r/0", "cancelled")
     received: list[list[ReceiverEvent]] = [[]]
     while pair.devices[0].busy:
+        assert pair.senders[0].busy
         assert not staging.any()
         assert received == [[]]
         _, received = pair.step(0.1)
+    assert not pair.senders[0].busy
     assert staging.any()
     assert received == [[ReceiveFailed("r/0", "source rank 0 stopped: cancelled"), Freed("r/0")]]
 
@@ -246,7 +248,10 @@ def test_a_repeated_frame_is_written_once() -> None:
     pair.senders[0].pump()
     pair.receivers[0].poll()
     assert pair.devices[1].busy == 1
+    assert pair.receivers[0].busy
     assert run(pair)[1] == [[Verified("r/0", HAND_OFF)]]
+    assert not pair.senders[0].busy
+    assert not pair.receivers[0].busy
 
 
 def test_a_ticket_that_waits_for_its_turn_is_kept_and_can_be_declined() -> None:
