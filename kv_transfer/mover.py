@@ -78,5 +78,6 @@ class HostMover:
         return Moved(weighted_sum(payload))
 
     def unpack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: Mark) -> Moved:
+        total = weighted_sum(payload)  # first: it leaves the payload in the processor's cache
         unpack(self.cache, cache_rows(self.cache, table, region.heads, region.tokens), region.layers, payload)
-        return Moved(weighted_sum(payload))
+        return Moved(total)

@@ -148,10 +148,9 @@ class KvSender:
             raise TransferFailed(f"no progress for a lease of {outgoing.ticket.lease_s:g} s")
         else:
             self._cut(outgoing, now)
-            for flight in outgoing.flights.values():
+            for flight in list(outgoing.flights.values()):
                 if flight.move is None and now >= flight.due:
                     self._pack(outgoing, flight)
-            for flight in list(outgoing.flights.values()):
                 self._send_packed(outgoing, flight)
             if now >= outgoing.beat_at:
                 self._beat(outgoing, now)
