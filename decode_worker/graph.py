@@ -40,8 +40,7 @@ class RowAttention:
         capacity, device = len(rows.slots), rows.slots.device
         self._rows = rows
         self._tiles = choose_tiles(shape, capacity, deterministic)
-        programs = self._tiles.programs(shape, num_sms(device), capacity)
-        self._plan = new_decode_plan(capacity, programs, self._tiles.splits, device)
+        self._plan = new_decode_plan(capacity, self._tiles.wave(shape, num_sms(device)), self._tiles.splits, device)
         self._scratch = new_decode_scratch(shape, self._tiles, capacity, max_tokens, device)
 
     def plan(self) -> None:

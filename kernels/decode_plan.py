@@ -2,7 +2,8 @@
 
 Contexts are cut into *splits* at a fixed table of positions. Every slot gets as many *pieces*, runs of its splits, as
 let the longest piece be short: slots of up to q tokens get one, of up to 2q two, and q is the least that leaves no more
-pieces than programs.
+pieces than programs. Programs run in waves. Where all waves with their short pieces would take no less time than the
+fewest waves that the slots need, with longer ones, there are no more pieces than those hold.
 
     splits   | slot 0: 0 1 2 3 4 5 | slot 1: 0 | slot 3: 0 1 2 3 |
     programs | 0       | 1         | 2         | 3     | 4       |
@@ -100,10 +101,9 @@ class DecodeTiles:
         """Programs that run one plan beside each other: one for each KV head and block of rows."""
         return shape.kv_heads * -(-shape.rows // self.block_rows)
 
-    def programs(self, shape: DecodeShape, num_sms: int, slots: int) -> int:
-        """Programs of one lane: as many as run at once, or for more slots a multiple of that."""
-        at_once = max(1, num_sms * self.programs_per_sm // self.lanes(shape))
-        return at_once * -(-slots // at_once)
+    def wave(self, shape: DecodeShape, num_sms: int) -> int:
+        """How many programs of each lane run at once."""
+        return max(1, num_sms * self.programs_per_sm // self.lanes(shape))
 
 
 def choose_tiles(shape: DecodeShape, slots: int, deterministic: bool = False) -> DecodeTiles:
@@ -128,11 +128,12 @@ class DecodePlan:
     (the same: no split at all), and an idle slot whose result it sets to 0 (-1: none).
 
     `slots` [slots, 3] int32: where in the scratch a slot's splits begin, how many splits its first piece folds, and
-    how many pieces it has.
+    how many pieces it has. `wave` programs run at once.
     """
 
     pieces: torch.Tensor
     slots: torch.Tensor
+    wave: int
     splits: SplitTable
 
     @property
@@ -164,15 +165,14 @@ def new_decode_scratch(
     return DecodeScratch(acc, stats, torch.zeros(slots, tiles.lanes(shape), dtype=torch.int32, device=device))
 
 
-def new_decode_plan(slots: int, programs: int, splits: SplitTable, device: torch.device) -> DecodePlan:
-    """Room for the plan of `slots` slots over `programs` programs, to be filled each step by `plan_decode`.
+def new_decode_plan(slots: int, wave: int, splits: SplitTable, device: torch.device) -> DecodePlan:
+    """Room for the plan of `slots` slots, to be filled each step by `plan_decode`.
 
-    Raises ValueError for fewer programs than slots.
+    There are as many programs as run at once, `wave`, or for more slots a multiple of that.
     """
-    if programs < slots:
-        raise ValueError(f"{slots} slots need as many programs, found {programs}")
+    programs = wave * -(-slots // wave)
     pieces, slot_plans = (torch.zeros(shape, dtype=torch.int32, device=device) for shape in ((programs, 4), (slots, 3)))
-    return DecodePlan(pieces, slot_plans, splits)
+    return DecodePlan(pieces, slot_plans, wave, splits)
 
 
 def plan_decode(lengths: torch.Tensor, plan: DecodePlan) -> None:
@@ -182,21 +182,26 @@ def plan_decode(lengths: torch.Tensor, plan: DecodePlan) -> None:
         raise ValueError(f"lengths: found {lengths.dtype} {tuple(lengths.shape)}; the plan is for int32 [{slots}]")
     table = plan.splits
     _plan_kernel[(plan.programs,)](
-        lengths, plan.pieces, plan.slots, slots, plan.programs,
+        lengths, plan.pieces, plan.slots, slots, plan.programs, plan.wave,
         SLOTS=triton.next_power_of_2(slots), GRAIN=GRAIN,
         FRONT_STEP=table.front_step, FRONT=table.front, STEP=table.step,
     )  # fmt: skip
 
 
-def plan_reference(lengths: list[int], programs: int, splits: SplitTable) -> tuple[list[list[int]], list[list[int]]]:
+def plan_reference(lengths: list[int], wave: int, splits: SplitTable) -> tuple[list[list[int]], list[list[int]]]:
     """The plan's `pieces` and `slots`."""
-    longest = max(lengths)
     counts = [splits.count(length) for length in lengths]
-    sizes = (
-        [min(count, -(-length // size)) for length, count in zip(lengths, counts, strict=True)]
-        for size in range(GRAIN, longest + GRAIN, GRAIN)
-    )
-    numbers = next((pieces for pieces in sizes if sum(pieces) <= programs), [0] * len(lengths))
+    programs, live = wave * -(-len(lengths) // wave), sum(length > 0 for length in lengths)
+
+    def numbers_at(size: int) -> list[int]:
+        return [min(count, -(-length // size)) for length, count in zip(lengths, counts, strict=True)]
+
+    def least_size(most: int) -> int:
+        return next(size for size in range(GRAIN, max(lengths) + 2 * GRAIN, GRAIN) if sum(numbers_at(size)) <= most)
+
+    fewest = max(1, -(-live // wave)) * wave
+    size, long_size = least_size(programs), least_size(fewest)
+    numbers = numbers_at(long_size if long_size * fewest <= size * programs else size)
     pieces, slots = [], []
     for slot, (length, count, number) in enumerate(zip(lengths, counts, numbers, strict=True)):
         ideal = [length * cut // number for cut in range(number)]
@@ -237,9 +242,21 @@ def _cut(  # type: ignore[no-untyped-def]
     return tl.where(piece == pieces, splits, tl.minimum(tl.maximum(split, piece), splits - pieces + piece))
 
 
-@triton.jit(do_not_specialize=["slots", "programs"])  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]
+def _least_size(lengths, splits, programs, GRAIN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The shortest pieces, in tokens, of which no more than `programs` are needed."""
+    too_small, size = 0, (tl.max(lengths) + GRAIN - 1) // GRAIN
+    while size - too_small > 1:
+        half = (too_small + size) // 2
+        fits = tl.sum(tl.minimum(splits, (lengths + half * GRAIN - 1) // (half * GRAIN))) <= programs
+        size = tl.where(fits, half, size)
+        too_small = tl.where(fits, too_small, half)
+    return tl.maximum(size, 1) * GRAIN
+
+
+@triton.jit(do_not_specialize=["slots", "programs", "wave"])  # type: ignore[untyped-decorator]
 def _plan_kernel(  # type: ignore[no-untyped-def]
-    lengths, pieces, slot_plans, slots, programs,
+    lengths, pieces, slot_plans, slots, programs, wave,
     SLOTS: tl.constexpr, GRAIN: tl.constexpr, FRONT_STEP: tl.constexpr, FRONT: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Program i works out piece i and slot i."""
@@ -247,13 +264,9 @@ def _plan_kernel(  # type: ignore[no-untyped-def]
     slot = tl.arange(0, SLOTS)
     length = tl.load(lengths + slot, mask=slot < slots, other=0)
     splits = split_count(length, FRONT_STEP, FRONT, STEP)
-    too_small, size = 0, (tl.max(length) + GRAIN - 1) // GRAIN
-    while size - too_small > 1:
-        half = (too_small + size) // 2
-        fits = tl.sum(tl.minimum(splits, (length + half * GRAIN - 1) // (half * GRAIN))) <= programs
-        size = tl.where(fits, half, size)
-        too_small = tl.where(fits, too_small, half)
-    size = tl.maximum(size, 1) * GRAIN
+    fewest = tl.maximum(tl.cdiv(tl.sum((length > 0).to(tl.int32)), wave), 1) * wave
+    size, long_size = _least_size(length, splits, programs, GRAIN), _least_size(length, splits, fewest, GRAIN)
+    size = tl.where(long_size.to(tl.int64) * fewest <= size.to(tl.int64) * programs, long_size, size)
     number = tl.minimum(splits, (length + size - 1) // size)
     ends = tl.cumsum(number)
 

@@ -50,14 +50,18 @@ def expert_tiles(rows: int, top_k: int, num_experts: int, deterministic: bool = 
     Measured on an H100; docs/LOG.md has the runners-up. `deterministic` tiles are the same for any capacity.
     """
     expected = 48 if deterministic else rows * top_k / num_experts
+    if expected <= 16:
+        gate_up = GemmTile(64, 128, warps=4, stages=5, programs_per_sm=1, swap=True, shared_stages=4)
+        down = GemmTile(64, 128, warps=4, stages=4, programs_per_sm=2, swap=True, shared_stages=3)
+        return ExpertTiles(16, gate_up, down, shared_m=min(64, max(16, triton.next_power_of_2(rows))))
+    if expected <= 32:
+        gate_up = GemmTile(128, 128, warps=8, stages=3, programs_per_sm=1, swap=True, shared_stages=2)
+        down = GemmTile(64, 128, warps=4, stages=4, programs_per_sm=2, swap=True, shared_stages=2)
+        return ExpertTiles(32, gate_up, down, shared_m=128)
     if expected <= 48:
-        block_m = 16 if expected <= 16 else 32 if expected <= 32 else 64
-        shared_m = 64 if deterministic else 128 if block_m == 32 else min(64, max(16, triton.next_power_of_2(rows)))
-        stages = 5 if block_m == 16 else 3, 4 if block_m < 64 else 3
-        shared_stages = (3, 2) if shared_m == 128 else (4, 3)
-        gate_up = GemmTile(64, 128, 4, stages[0], programs_per_sm=1, swap=True, shared_stages=shared_stages[0])
-        down = GemmTile(64, 128, 4, stages[1], programs_per_sm=2, swap=True, shared_stages=shared_stages[1])
-        return ExpertTiles(block_m, gate_up, down, shared_m)
+        gate_up = GemmTile(64, 128, warps=4, stages=3, programs_per_sm=1, swap=True, shared_stages=4)
+        down = GemmTile(64, 128, warps=4, stages=3, programs_per_sm=2, swap=True, shared_stages=3)
+        return ExpertTiles(64, gate_up, down, shared_m=64)
     gate_up = GemmTile(128, 64, warps=8, stages=4, programs_per_sm=1)
     down = GemmTile(256, 64, warps=8, stages=4, programs_per_sm=1)
     return ExpertTiles(128, gate_up, down, pdl=False, gather=True)

@@ -71,7 +71,7 @@ class Contexts:
         """attend(q, layer), with the tiles that a decode graph of this many slots has."""
         slots, shape = len(self.lengths), self.shape
         tiles = choose_tiles(shape, slots)
-        plan = new_decode_plan(slots, tiles.programs(shape, num_sms(DEVICE), slots), tiles.splits, DEVICE)
+        plan = new_decode_plan(slots, tiles.wave(shape, num_sms(DEVICE)), tiles.splits, DEVICE)
         scratch = new_decode_scratch(shape, tiles, slots, int(self.lengths.sum()), DEVICE)
         plan_decode(self.lengths, plan)
         value_dim = shape.value_dim if shape.latent else None
@@ -100,7 +100,7 @@ class Contexts:
 def plan_us(slots: int) -> list[float]:
     shape = SHAPES["mla 16 heads"]
     tiles = choose_tiles(shape, slots)
-    plan = new_decode_plan(slots, tiles.programs(shape, num_sms(DEVICE), slots), tiles.splits, DEVICE)
+    plan = new_decode_plan(slots, tiles.wave(shape, num_sms(DEVICE)), tiles.splits, DEVICE)
     lengths = torch.randint(1, 8192, (slots,), dtype=torch.int32, device=DEVICE)
 
     def plans() -> None:

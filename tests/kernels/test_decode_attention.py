@@ -75,9 +75,9 @@ class Batch:
         table[:, :kept] = self.table[slots, :kept]
         return replace(self, q=self.q[slots], table=table, lengths=self.lengths[slots])
 
-    def run(self, tiles: DecodeTiles, programs: int) -> torch.Tensor:
+    def run(self, tiles: DecodeTiles, wave: int) -> torch.Tensor:
         slots, device = len(self.q), self.q.device
-        plan = new_decode_plan(slots, programs, tiles.splits, device)
+        plan = new_decode_plan(slots, wave, tiles.splits, device)
         scratch = new_decode_scratch(self.shape, tiles, slots, int(self.lengths.sum()), device)
         scratch.acc.fill_(torch.nan)
         scratch.stats.fill_(torch.nan)
@@ -121,14 +121,14 @@ def random_batch(
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_reference(shape: DecodeShape, tiles: DecodeTiles) -> None:
     batch = random_batch(shape, LENGTHS)
-    result = batch.run(tiles, programs=9)
+    result = batch.run(tiles, wave=9)
     assert not result[[1, 4]].any()
     torch.testing.assert_close(result.double(), batch.reference(), atol=2e-6, rtol=1e-5)
 
 
 def test_bfloat16_is_computed_in_float32() -> None:
     batch = random_batch(SHAPES[0], LENGTHS, dtype=torch.bfloat16)
-    result = batch.run(ROWS_FIRST, programs=6)
+    result = batch.run(ROWS_FIRST, wave=6)
     assert result.dtype == torch.bfloat16
     torch.testing.assert_close(result.double(), batch.reference(), atol=1e-2, rtol=1e-2)
 
@@ -137,10 +137,10 @@ def test_bfloat16_is_computed_in_float32() -> None:
 @pytest.mark.parametrize("shape", [replace(SHAPES[3], q_len=2), SHAPES[4]], ids=str)
 def test_bits_depend_on_nothing_but_the_own_context(shape: DecodeShape, tiles: DecodeTiles) -> None:
     batch = random_batch(shape, LENGTHS)
-    expected = batch.run(tiles, programs=len(LENGTHS))
-    for programs in (7, 9, 24):
+    expected = batch.run(tiles, wave=len(LENGTHS))
+    for wave in (1, 4, 9):
         for combine in (False, True):
-            assert torch.equal(batch.run(replace(tiles, combine=combine), programs), expected)
+            assert torch.equal(batch.run(replace(tiles, combine=combine), wave), expected)
     for slot in (2, 5):
         assert torch.equal(batch.pick([slot]).run(tiles, 4), expected[[slot]])
     order = [5, 3, 2, 1]
@@ -150,29 +150,48 @@ def test_bits_depend_on_nothing_but_the_own_context(shape: DecodeShape, tiles: D
 def test_an_idle_batch() -> None:
     batch = random_batch(SHAPES[0], [40, 70]).pick([0, 1])
     batch.lengths.zero_()
-    assert not batch.run(ROWS_FIRST, programs=4).any()
+    assert not batch.run(ROWS_FIRST, wave=4).any()
 
 
-@pytest.mark.parametrize("splits", [SPLITS, SplitTable(), SplitTable(64, 0, 64), SplitTable(128, 2048, 1024)], ids=str)
+TABLES = [SPLITS, SplitTable(), SplitTable(64, 0, 64), SplitTable(128, 2048, 1024)]
+
+
+def check_plan(slots: int, wave: int, splits: SplitTable, device: str = "cpu") -> None:
+    rng = random.Random(slots * wave)
+    lengths = [rng.choice([0, 1, rng.randint(1, 5000)]) for _ in range(slots)]
+    plan = new_decode_plan(slots, wave, splits, torch.device(device))
+    plan_decode(torch.tensor(lengths, dtype=torch.int32, device=device), plan)
+    pieces, slot_plans = plan_reference(lengths, wave, splits)
+    assert plan.pieces.tolist() == pieces
+    assert plan.slots.tolist() == slot_plans
+    assert all(folded > 0 for _, folded, number in slot_plans if number)
+    assert all(first <= end for _, first, end, _ in pieces)
+
+
+@pytest.mark.parametrize("splits", TABLES, ids=str)
 def test_plans(splits: SplitTable) -> None:
-    rng = random.Random(0)
-    for slots, programs in ((1, 1), (1, 9), (3, 132), (13, 13), (5, 17), (33, 132), (256, 264)):
-        lengths = [rng.choice([0, 1, rng.randint(1, 5000)]) for _ in range(slots)]
-        plan = new_decode_plan(slots, programs, splits, torch.device("cpu"))
-        plan_decode(torch.tensor(lengths, dtype=torch.int32), plan)
-        pieces, slot_plans = plan_reference(lengths, programs, splits)
-        assert plan.pieces.tolist() == pieces
-        assert plan.slots.tolist() == slot_plans
-        assert all(folded > 0 for _, folded, number in slot_plans if number)
-        assert all(first <= end for _, first, end, _ in pieces)
+    for slots, wave in ((1, 1), (1, 9), (3, 20), (13, 13), (5, 17), (19, 6)):
+        check_plan(slots, wave, splits)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", TABLES, ids=str)
+def test_large_plans(splits: SplitTable) -> None:
+    for slots, wave in ((3, 132), (33, 132), (256, 264), (256, 132), (200, 7), (512, 132)):
+        check_plan(slots, wave, splits, "cuda")
+
+
+@pytest.mark.parametrize(("lengths", "pieces"), [([1060] * 13, 13), ([1060] * 14, 14), ([8000, *[500] * 13], 28)])
+def test_a_second_wave_is_not_begun_in_vain(lengths: list[int], pieces: int) -> None:
+    plan = new_decode_plan(26, 14, SplitTable(512, 0, 512), torch.device("cpu"))
+    plan_decode(torch.tensor([*lengths, *[0] * (26 - len(lengths))], dtype=torch.int32), plan)
+    assert int((plan.pieces[:, 0] >= 0).sum()) == pieces
 
 
 def test_split_tables_must_nest() -> None:
     assert [SplitTable(128, 512, 256).count(tokens) for tokens in (0, 1, 128, 129, 512, 513, 768, 769)] == [
         0, 1, 1, 2, 4, 5, 5, 6,
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="3 slots need as many programs, found 2"):
-        new_decode_plan(3, 2, SPLITS, torch.device("cpu"))
     for sizes in ((96, 960, 192), (128, 1024, 64), (128, 384, 256)):
         with pytest.raises(ValueError, match="powers of two"):
             SplitTable(*sizes)
@@ -187,9 +206,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         (replace(batch, table=batch.table.repeat(2, 1)), "1 slots"),
     ):
         with pytest.raises(ValueError, match=message):
-            broken.run(ROWS_FIRST, programs=1)
+            broken.run(ROWS_FIRST, wave=1)
     with pytest.raises(ValueError, match="do not fit the plan"):
-        batch.run(replace(ROWS_FIRST, block_keys=64), programs=1)
+        batch.run(replace(ROWS_FIRST, block_keys=64), wave=1)
 
 
 def random_lengths(count: int, longest: int, seed: int = 0) -> list[int]:
@@ -197,8 +216,8 @@ def random_lengths(count: int, longest: int, seed: int = 0) -> list[int]:
     return [rng.choice([0, rng.randint(8, 200), rng.randint(8, longest)]) for _ in range(count)]
 
 
-def programs_of(shape: DecodeShape, tiles: DecodeTiles, slots: int) -> int:
-    return tiles.programs(shape, torch.cuda.get_device_properties().multi_processor_count, slots)
+def wave_of(shape: DecodeShape, tiles: DecodeTiles) -> int:
+    return tiles.wave(shape, torch.cuda.get_device_properties().multi_processor_count)
 
 
 @pytest.mark.gpu
@@ -206,7 +225,7 @@ def programs_of(shape: DecodeShape, tiles: DecodeTiles, slots: int) -> int:
 def test_real_shapes(shape: DecodeShape) -> None:
     tiles = choose_tiles(shape, 64)
     batch = random_batch(shape, [8, 0, 4099, 1024, 1025, 300, 64], "cuda", torch.bfloat16)
-    result = batch.run(tiles, programs_of(shape, tiles, 7))
+    result = batch.run(tiles, wave_of(shape, tiles))
     torch.testing.assert_close(result.double(), batch.reference(), atol=4e-3, rtol=1e-2)
 
 
@@ -215,14 +234,14 @@ def test_real_shapes(shape: DecodeShape) -> None:
 def test_a_slot_among_255_others_has_the_bits_it_has_alone(shape: DecodeShape) -> None:
     tiles = choose_tiles(shape, 64)
     batch = random_batch(shape, [*random_lengths(255, 1500), 2500], "cuda", torch.bfloat16)
-    expected = batch.run(tiles, programs_of(shape, tiles, 256))
+    expected = batch.run(tiles, wave_of(shape, tiles))
     live = [slot for slot, length in enumerate(batch.lengths.tolist()) if length]
     for slot in (live[0], live[len(live) // 2], live[-1]):
         for capacity in (None, 200, 700):
             alone = batch.pick([slot], capacity)
-            assert torch.equal(alone.run(tiles, programs_of(shape, tiles, 1)), expected[[slot]])
+            assert torch.equal(alone.run(tiles, wave_of(shape, tiles)), expected[[slot]])
     order = random.Random(1).sample(range(256), 256)
-    assert torch.equal(batch.pick(order).run(tiles, programs_of(shape, tiles, 256)), expected[order])
+    assert torch.equal(batch.pick(order).run(tiles, wave_of(shape, tiles)), expected[order])
     assert torch.equal(batch.run(replace(tiles, combine=not tiles.combine), 700), expected)
 
 
@@ -233,7 +252,7 @@ def test_drafts_change_no_bit(shape: DecodeShape, q_len: int) -> None:
     drafted = replace(shape, q_len=q_len)
     tiles = choose_tiles(drafted, 64)
     batch = random_batch(drafted, [8, 130, 257, 1024, 1030, 2500], "cuda", torch.bfloat16)
-    expected = batch.run(tiles, programs_of(drafted, tiles, 6))
+    expected = batch.run(tiles, wave_of(drafted, tiles))
     for query in range(q_len):
         single = replace(
             batch,
@@ -242,7 +261,7 @@ def test_drafts_change_no_bit(shape: DecodeShape, q_len: int) -> None:
             lengths=batch.lengths - (q_len - 1 - query),
         )
         one = choose_tiles(shape, 64)
-        assert torch.equal(single.run(one, programs_of(shape, one, 6)), expected[:, query : query + 1])
+        assert torch.equal(single.run(one, wave_of(shape, one)), expected[:, query : query + 1])
 
 
 @pytest.mark.gpu
@@ -251,8 +270,8 @@ def test_one_graph_serves_any_lengths(pdl: bool) -> None:
     shape = REAL_SHAPES[0]
     tiles = replace(choose_tiles(shape, 64), pdl=pdl)
     batch = random_batch(shape, [2000] * 12, "cuda", torch.bfloat16)
-    programs = programs_of(shape, tiles, 12)
-    plan = new_decode_plan(12, programs, tiles.splits, batch.q.device)
+    wave = wave_of(shape, tiles)
+    plan = new_decode_plan(12, wave, tiles.splits, batch.q.device)
     scratch = new_decode_scratch(shape, tiles, 12, 12 * 2000, batch.q.device)
     lengths, out = batch.lengths.clone(), torch.empty_like(batch.q[..., : shape.value_dim])
 
@@ -274,4 +293,4 @@ def test_one_graph_serves_any_lengths(pdl: bool) -> None:
         live = [rng.choice([0, 1, 77, 1024, rng.randint(1, 2000)]) for _ in range(12)]
         lengths.copy_(torch.tensor(live, dtype=torch.int32))
         graph.replay()
-        assert torch.equal(out, replace(batch, lengths=lengths.clone()).run(tiles, programs))
+        assert torch.equal(out, replace(batch, lengths=lengths.clone()).run(tiles, wave))

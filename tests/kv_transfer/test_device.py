@@ -63,9 +63,9 @@ def test_payloads_are_those_of_the_host(where: str) -> None:
 
 def test_copies_wait_for_their_mark_and_the_engine_for_settled_copies() -> None:
     mover, payload = DeviceMover(filled_cache(1)), torch.empty(SIZE, dtype=torch.uint8, device="cuda")
-    table, (_, other) = mover.table(PAGES, 500), expected_payload(3)
+    table, (_, other), source = mover.table(PAGES, 500), expected_payload(3), filled_cache(3)
     torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
-    for layer, values in zip(mover.cache.layers, filled_cache(3).layers, strict=True):
+    for layer, values in zip(mover.cache.layers, source.layers, strict=True):
         layer.copy_(values)
     move = mover.pack(table, REGION, payload, mover.mark())
     assert move.total() is None
