@@ -46,12 +46,12 @@ def grouped_gate_up(
     """
     hidden, width = x.shape[1], gate_up.shape[1] // 2
     tile = tiles.gate_up.for_width(hidden)
-    shared_slots = choices.shared * choices.shared_blocks(tiles.shared_m) * tiles.shared_m
-    act = x.new_empty(schedule.slots.numel() + shared_slots, width)
+    shared_at, shared_rows = _shared_slots(schedule, choices, tiles)
+    act = x.new_empty(shared_at + choices.shared * shared_rows, width)
     _gate_up_kernel[(_programs(tile, tiles, schedule, choices, width, sms),)](
         x, _tiled(x, tiles.shared_m or tiles.block_m, tile), _tiled(gate_up, tile.block_n, tile), act,
-        schedule.slots, schedule.experts, schedule.num_blocks, choices.live_rows, HIDDEN=hidden, WIDTH=width,
-        EXPERTS=len(gate_up), **_options(x, schedule, choices, tiles, tile),
+        schedule.slots, schedule.experts, schedule.num_blocks, choices.live_rows, shared_at, shared_rows,
+        HIDDEN=hidden, WIDTH=width, EXPERTS=len(gate_up), **_options(x, choices, tiles, tile),
     )  # fmt: skip
     return act
 
@@ -69,8 +69,8 @@ def grouped_down(
     _down_kernel[(_programs(tile, tiles, schedule, choices, hidden, sms),)](
         _tiled(act, tiles.block_m, tile), _tiled(act, tiles.shared_m or tiles.block_m, tile),
         _tiled(down, tile.block_n, tile), parts, schedule.slots, schedule.experts, schedule.num_blocks,
-        choices.live_rows, HIDDEN=hidden, WIDTH=width, EXPERTS=experts,
-        **_options(act, schedule, choices, tiles, tile),
+        choices.live_rows, *_shared_slots(schedule, choices, tiles), HIDDEN=hidden, WIDTH=width, EXPERTS=experts,
+        **_options(act, choices, tiles, tile),
     )  # fmt: skip
     return parts
 
@@ -78,6 +78,11 @@ def grouped_down(
 def _tiled(matrix: torch.Tensor, block_rows: int, tile: GemmTile) -> TensorDescriptor:
     """For loads of [block_rows, block_k] tiles of `matrix` [..., k], seen as [rows, k]; 0 outside it."""
     return TensorDescriptor.from_tensor(matrix.flatten(0, -2), [block_rows, tile.block_k])
+
+
+def _shared_slots(schedule: BlockSchedule, choices: Choices, tiles: ExpertTiles) -> tuple[int, int]:
+    """The first slot of shared experts, and how many each has. No constants: they differ with the number of rows."""
+    return schedule.slots.numel(), choices.shared_blocks(tiles.shared_m) * tiles.shared_m
 
 
 def _programs(
@@ -88,16 +93,12 @@ def _programs(
     return min(sms * tile.programs_per_sm, blocks * -(-columns // tile.block_n))
 
 
-def _options(
-    x: torch.Tensor, schedule: BlockSchedule, choices: Choices, tiles: ExpertTiles, tile: GemmTile
-) -> dict[str, Any]:
+def _options(x: torch.Tensor, choices: Choices, tiles: ExpertTiles, tile: GemmTile) -> dict[str, Any]:
     """What both GEMMs take. The interpreter's bfloat16 `tl.dot` returns garbage: there it gets float32."""
     return {
         "TOP_K": choices.chosen.shape[1],
         "SHARED": choices.shared,
         "SHARED_M": tiles.shared_m,
-        "SHARED_AT": schedule.slots.numel(),
-        "SHARED_ROWS": choices.shared_blocks(tiles.shared_m) * tiles.shared_m,
         "SHARED_STAGES": tile.shared_stages,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tile.block_n,
@@ -155,10 +156,9 @@ def _store_act(act, gate, up, rows, column, WIDTH: tl.constexpr, BLOCK_N: tl.con
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gate_up_kernel(  # type: ignore[no-untyped-def]
-    x, x_tiles, gate_up, act, slots, block_experts, num_blocks, live_rows,
+    x, x_tiles, gate_up, act, slots, block_experts, num_blocks, live_rows, shared_at, shared_rows,
     HIDDEN: tl.constexpr, WIDTH: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
-    SHARED: tl.constexpr, SHARED_M: tl.constexpr, SHARED_AT: tl.constexpr, SHARED_ROWS: tl.constexpr,
-    SHARED_STAGES: tl.constexpr,
+    SHARED: tl.constexpr, SHARED_M: tl.constexpr, SHARED_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SWAP: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -184,7 +184,7 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
                 tokens = x_tiles.load([row_block * SHARED_M, k])
                 gate = _multiply_add(tokens, gate_up.load([gate_row, k]), gate, SWAP, UPCAST)
                 up = _multiply_add(tokens, gate_up.load([gate_row + WIDTH, k]), up, SWAP, UPCAST)
-            rows = SHARED_AT + expert * SHARED_ROWS + row_block * SHARED_M + tl.arange(0, SHARED_M)
+            rows = shared_at + expert * shared_rows + row_block * SHARED_M + tl.arange(0, SHARED_M)
             _store_act(act, gate, up, rows, column, WIDTH, BLOCK_N, SWAP)
         first = _behind(shared_tiles, programs)
         if PDL:
@@ -209,10 +209,9 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _down_kernel(  # type: ignore[no-untyped-def]
-    act, shared_act, down, parts, slots, block_experts, num_blocks, live_rows,
+    act, shared_act, down, parts, slots, block_experts, num_blocks, live_rows, shared_at, shared_rows,
     HIDDEN: tl.constexpr, WIDTH: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
-    SHARED: tl.constexpr, SHARED_M: tl.constexpr, SHARED_AT: tl.constexpr, SHARED_ROWS: tl.constexpr,
-    SHARED_STAGES: tl.constexpr,
+    SHARED: tl.constexpr, SHARED_M: tl.constexpr, SHARED_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SWAP: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -230,7 +229,7 @@ def _down_kernel(  # type: ignore[no-untyped-def]
             expert, column, row_block = _shared_place(tile, row_blocks, n_tiles)
             column *= BLOCK_N
             down_row = (EXPERTS - SHARED + expert) * HIDDEN + column
-            act_row = SHARED_AT + expert * SHARED_ROWS + row_block * SHARED_M
+            act_row = shared_at + expert * shared_rows + row_block * SHARED_M
             acc = tl.zeros((BLOCK_N, SHARED_M) if SWAP else (SHARED_M, BLOCK_N), tl.float32)
             for k in tl.range(0, WIDTH, BLOCK_K, num_stages=SHARED_STAGES):
                 acc = _multiply_add(shared_act.load([act_row, k]), down.load([down_row, k]), acc, SWAP, UPCAST)

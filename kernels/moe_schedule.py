@@ -62,11 +62,12 @@ def block_schedule(
     """
     num_choices = chosen.numel()
     chunk = min(CHUNK, max(32, triton.next_power_of_2(num_choices)))
-    chunks, bins = triton.cdiv(num_choices, chunk), triton.next_power_of_2(num_experts)
+    chunks, bins = triton.cdiv(num_choices, chunk), max(4, triton.next_power_of_2(num_experts))
     blocks = max_blocks(num_choices, num_experts, block_m)
     # One allocation, so that the scratch's memory lives as long as the schedule: the kernel behind may begin early.
-    sizes = [chunks * bins, blocks * block_m, blocks, 1]
-    counts, slots, experts, num_blocks = torch.split(chosen.new_empty(sum(sizes), dtype=torch.int32), sizes)
+    # Each part starts at a multiple of 16 bytes, whatever the number of rows: alignment is compiled into kernels.
+    sizes = [4, chunks * bins, blocks * block_m, blocks]
+    num_blocks, counts, slots, experts = torch.split(chosen.new_empty(sum(sizes), dtype=torch.int32), sizes)
     shape = {"TOP_K": chosen.shape[1], "FIRST": first_expert, "EXPERTS": num_experts}
     options = {"CHUNK": chunk, "BINS": bins, "PDL": pdl, "launch_pdl": pdl, "num_warps": 4 if chunk <= 1024 else 8}
     if chunks > 1:
@@ -84,7 +85,7 @@ def block_schedule(
         **shape,
         **options,
     )
-    return BlockSchedule(slots, experts, num_blocks, block_m)
+    return BlockSchedule(slots, experts, num_blocks[:1], block_m)
 
 
 def block_schedule_reference(

@@ -24,7 +24,7 @@ from splitserve.prefill_worker.packed_batch import DeviceBatch, PackedBatch, Siz
 GRAPH_TOKENS = (256, 512, 1024, 2048)
 GRAPH_CONTEXTS = (2048, 16384)
 GRAPH_SEQUENCES = 64
-WARM_TOKENS = (8, 32, 128, 256, 512)  # numbers of rows between which kernels take other tiles
+WARM_TOKENS = (4, 8, 16, 32, 64, 128, 256, 512)  # numbers of rows between which kernels take other tiles
 
 
 def supports_model(config: ModelConfig) -> bool:
