@@ -96,7 +96,7 @@ def headwise_terms(x: torch.Tensor, weight: torch.Tensor, tiles: MatmulTiles, ou
             x, weight, x_tiles, weight_tiles, out, rows,
             x.stride(0), x.stride(1), out.stride(0), out.stride(1), out.stride(2),
             N=columns, K=width, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
-            STEPS=steps, TMA=tma, UPCAST=INTERPRETING and x.dtype != torch.float32,
+            ALIGNED=columns % 16 == 0 and out.stride(0) % 16 == 0, STEPS=steps, TMA=tma, UPCAST=INTERPRETING and x.dtype != torch.float32,
             IN_ORDER=tiles.in_order, PDL=not INTERPRETING, launch_pdl=not INTERPRETING,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
@@ -123,16 +123,18 @@ def _multiply_add(weights, tokens, acc, UPCAST: tl.constexpr):  # type: ignore[n
     return tl.dot(weights, tl.trans(tokens), acc, input_precision="ieee")
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows", "out_split_stride"])  # type: ignore[untyped-decorator]
 def _matmul_kernel(  # type: ignore[no-untyped-def]
     x, weight, x_tiles, weight_tiles, out, rows,
     x_stride, x_head_stride, out_split_stride, out_stride, out_head_stride,
     N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STEPS: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, IN_ORDER: tl.constexpr, PDL: tl.constexpr,
+    ALIGNED: tl.constexpr, STEPS: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, IN_ORDER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, head, split). Tiles of the same columns stand side by side and share the weight in L2."""
     if PDL and not IN_ORDER:
         gdc_launch_dependents()
+    if ALIGNED:
+        out_split_stride = tl.multiple_of(out_split_stride, 16)
     row_tiles = tl.cdiv(rows, BLOCK_M)
     head, split = tl.program_id(1), tl.program_id(2)
     first_row, first_column = tl.program_id(0) % row_tiles * BLOCK_M, tl.program_id(0) // row_tiles * BLOCK_N

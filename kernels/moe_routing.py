@@ -96,7 +96,7 @@ def triton_route(
     return weights, chosen
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["term_stride"])  # type: ignore[untyped-decorator]
 def _route(  # type: ignore[no-untyped-def]
     logits, bias, weights, chosen, scale, term_stride,
     terms: tl.constexpr, experts: tl.constexpr, top_k: tl.constexpr, shared: tl.constexpr, groups: tl.constexpr,
