@@ -96,7 +96,8 @@ def headwise_terms(x: torch.Tensor, weight: torch.Tensor, tiles: MatmulTiles, ou
             x, weight, x_tiles, weight_tiles, out, rows,
             x.stride(0), x.stride(1), out.stride(0), out.stride(1), out.stride(2),
             N=columns, K=width, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
-            ALIGNED=columns % 16 == 0 and out.stride(0) % 16 == 0, STEPS=steps, TMA=tma, UPCAST=INTERPRETING and x.dtype != torch.float32,
+            ALIGNED=columns % 16 == 0 and out.stride(0) % 16 == 0, STEPS=steps, TMA=tma,
+            UPCAST=INTERPRETING and x.dtype != torch.float32,
             IN_ORDER=tiles.in_order, PDL=not INTERPRETING, launch_pdl=not INTERPRETING,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
@@ -128,7 +129,8 @@ def _matmul_kernel(  # type: ignore[no-untyped-def]
     x, weight, x_tiles, weight_tiles, out, rows,
     x_stride, x_head_stride, out_split_stride, out_stride, out_head_stride,
     N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    ALIGNED: tl.constexpr, STEPS: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, IN_ORDER: tl.constexpr, PDL: tl.constexpr,
+    ALIGNED: tl.constexpr, STEPS: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+    IN_ORDER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, head, split). Tiles of the same columns stand side by side and share the weight in L2."""
     if PDL and not IN_ORDER:

@@ -24,7 +24,6 @@ from splitserve.prefill_worker.packed_batch import DeviceBatch, PackedBatch, Siz
 GRAPH_TOKENS = (256, 512, 1024, 2048)
 GRAPH_CONTEXTS = (2048, 16384)
 GRAPH_SEQUENCES = 64
-WARM_TOKENS = (4, 8, 16, 32, 64, 128, 256, 512)  # numbers of rows between which kernels take other tiles
 
 
 def supports_model(config: ModelConfig) -> bool:
@@ -51,8 +50,9 @@ class PrefillRunner(ModelRunner):
         super().__init__(model, cache, device)
         self._graphs: list[PrefillGraph] = []
         if device.type == "cuda":
-            for tokens in sorted({*WARM_TOKENS, max_tokens}, reverse=True):
-                self._warm_up(tokens)
+            self._warm_up(max_tokens)
+            for power in reversed(range(2, max_tokens.bit_length())):  # between which kernels keep their tiles
+                self._warm_up(1 << power)
         if graph_tokens and cache.layout.tp == 1:
             self._capture(graph_tokens)
 
