@@ -47,13 +47,15 @@ class ExpertTiles:
 def expert_tiles(rows: int, top_k: int, num_experts: int, deterministic: bool = False) -> ExpertTiles:
     """Tiles for a capacity of `rows`, by the slots that an expert can expect: rows * top_k / num_experts.
 
-    Measured on an H100; docs/LOG.md has the runners-up. `deterministic` tiles are the same for any capacity.
+    Measured on an H100; docs/LOG.md has the runners-up. Numbers of rows up to the same power of two share their tiles,
+    so that prefill has few kernels to compile. `deterministic` tiles are the same for any capacity.
     """
+    rows = triton.next_power_of_2(rows)
     expected = 48 if deterministic else rows * top_k / num_experts
     if expected <= 16:
         gate_up = GemmTile(64, 128, warps=4, stages=5, programs_per_sm=1, swap=True, shared_stages=4)
         down = GemmTile(64, 128, warps=4, stages=4, programs_per_sm=2, swap=True, shared_stages=3)
-        return ExpertTiles(16, gate_up, down, shared_m=min(64, max(16, triton.next_power_of_2(rows))))
+        return ExpertTiles(16, gate_up, down, shared_m=min(64, max(16, rows)))
     if expected <= 32:
         gate_up = GemmTile(128, 128, warps=8, stages=3, programs_per_sm=1, swap=True, shared_stages=2)
         down = GemmTile(64, 128, warps=4, stages=4, programs_per_sm=2, swap=True, shared_stages=2)

@@ -179,6 +179,13 @@ def test_tiles_fit_shared_memory(rows: int) -> None:
                 assert stage * stages * tile.programs_per_sm <= 227 * 1024
 
 
+@pytest.mark.parametrize(("top_k", "experts"), [(6, 64), (8, 256), (2, 6)])
+def test_tiles_change_at_powers_of_two_alone(top_k: int, experts: int) -> None:
+    """Prefill compiles kernels at powers of two before it is ready."""
+    for rows in range(1, 2048):
+        assert expert_tiles(rows, top_k, experts) == expert_tiles(1 << (rows - 1).bit_length(), top_k, experts)
+
+
 @pytest.fixture(scope="module")
 def v2_lite() -> Experts:
     """Weights of a DeepSeek-V2-Lite layer on the GPU."""
