@@ -33,7 +33,7 @@ class RankEndpoint:
     """Where one decode rank takes KV: its socket, its staging segment and the window of it that is granted."""
 
     address: str
-    transport: Literal["memory", "shm", "tcp"]
+    transport: Literal["memory", "cuda_ipc", "shm", "tcp"]
     host: str
     segment: str
     window_offset: int

@@ -218,13 +218,17 @@ class DecodePool(Pool):
 class KvTransfer(_Section):
     """How KV moves from prefill to decode."""
 
-    transport: Literal["auto", "shm", "tcp"] = Field(
-        default="auto", description="auto is shared memory within a host and TCP between hosts"
+    transport: Literal["auto", "cuda_ipc", "shm", "tcp"] = Field(
+        default="auto",
+        description="within a host, auto is cuda_ipc between GPUs and shared memory otherwise; between hosts, TCP",
     )
     host_tier: Bytes = Field(
         default=512 * 2**20, description="host memory of a decode rank for KV of preempted sequences"
     )
-    staging: Bytes = Field(default=64 * 2**20, description="memory of a rank for KV on its way, such as 64MiB")
+    staging: Bytes | None = Field(
+        default=None,
+        description="memory of a decode rank for KV on its way, such as 64MiB; 512MiB for cuda_ipc and 64MiB if unset",
+    )
     lease_s: Seconds = Field(
         default=10.0, description="time without progress after which a transfer is given up, in seconds"
     )
@@ -323,6 +327,19 @@ class Topology(_Section):
     @property
     def roles(self) -> tuple[Role, ...]:
         return ("colocated",) if self.colocated else ("prefill", "decode")
+
+    @property
+    def local_transport(self) -> Literal["cuda_ipc", "shm", "tcp"]:
+        """How KV gets from a prefill to a decode rank of the same host."""
+        if self.kv_transfer.transport != "auto":
+            return self.kv_transfer.transport
+        on_gpus = self.prefill is not None and self.prefill.device == self.decode.device == "cuda"
+        return "cuda_ipc" if on_gpus else "shm"
+
+    @property
+    def staging(self) -> int:
+        """Bytes of a decode rank for KV on its way: of its GPU for cuda_ipc, of its host otherwise."""
+        return self.kv_transfer.staging or (512 if self.local_transport == "cuda_ipc" else 64) * 2**20
 
     def pool(self, role: Role) -> PrefillPool | DecodePool:
         """The pool of `role`. Raises KeyError for a role that this cluster does not have."""

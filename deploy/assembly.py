@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -24,10 +25,13 @@ from splitserve.engine.parking import HostTier
 from splitserve.engine.ranks import ParkingService, Ranks, RankService
 from splitserve.engine.runner import ModelRunner
 from splitserve.engine.serving import Engine, Send
-from splitserve.kv_transfer.mover import HostMover
+from splitserve.kv_transfer.cuda_ipc import CudaMapping, CudaSegment
+from splitserve.kv_transfer.device_mover import DeviceMover
+from splitserve.kv_transfer.mover import HostMover, Mover
 from splitserve.kv_transfer.receiver import KvReceiver
+from splitserve.kv_transfer.segments import Attach, HostSender, Segment, SegmentReceiver
 from splitserve.kv_transfer.sender import KvSender
-from splitserve.kv_transfer.shm import HostSender, ShmReceiver, ShmSegment, host_id, sweep
+from splitserve.kv_transfer.shm import ShmMapping, ShmSegment, host_id, sweep
 from splitserve.kv_transfer.staging import WindowAllocator
 from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender
 from splitserve.prefill_worker.engine import PrefillEngine, PrefillLimits
@@ -80,7 +84,7 @@ def build_engine(leader: Leader) -> Engine:
     if leader.spec.role == "prefill":
         return _prefill_engine(leader, blocks, SendOutlet(leader.ranks, blocks))
     if leader.spec.role == "decode":
-        staging = WindowAllocator(leader.spec.topology.kv_transfer.staging)
+        staging = WindowAllocator(leader.spec.topology.staging)
         inlet = ReceiveInlet(leader.ranks, leader.layout, leader.endpoints, staging, lease_s)
         return _decode_engine(leader, blocks, inlet)
     local = LocalInlet(leader.layout, lease_s)
@@ -88,25 +92,37 @@ def build_engine(leader: Leader) -> Engine:
 
 
 def _prefill_rank(spec: RankSpec, runner: ModelRunner) -> RankParts:
-    transport = HostSender(TcpSender(time.monotonic, spec.keys), host_id())
-    sender = KvSender(HostMover(runner.cache), spec.tp_rank, transport, time.monotonic)
+    attach: dict[str, Attach] = {"shm": ShmMapping}
+    if spec.device != "cpu":
+        attach["cuda_ipc"] = partial(CudaMapping, device=torch.device(spec.device))
+    transport = HostSender(TcpSender(time.monotonic, spec.keys), host_id(), attach, time.monotonic)
+    sender = KvSender(_mover(runner), spec.tp_rank, transport, time.monotonic)
     return RankParts((SendService(runner, sender),), None, sender.close)
 
 
 def _decode_rank(spec: RankSpec, runner: ModelRunner, services: tuple[RankService, ...]) -> RankParts:
-    settings = spec.topology.kv_transfer
-    control = TcpReceiver(spec.bind, spec.keys)
-    address = control.endpoint
-    if settings.transport == "tcp":
-        receiver = KvReceiver(HostMover(runner.cache), spec.tp_rank, settings.staging, control, time.monotonic)
-        endpoint = RankEndpoint(address, "tcp", host_id(), "", 0, 0)
-    else:
-        sweep(spec.topology.name)  # of what an incarnation before this one left when it was killed
-        segment = ShmSegment(spec.topology.name, settings.staging)
-        transport = ShmReceiver(control, segment)
-        receiver = KvReceiver(HostMover(runner.cache), spec.tp_rank, settings.staging, transport, time.monotonic)
-        endpoint = RankEndpoint(address, "shm", host_id(), segment.name, 0, 0)
+    control, staging = TcpReceiver(spec.bind, spec.keys), spec.topology.staging
+    kind, segment = spec.topology.local_transport, _segment(spec)
+    transport = SegmentReceiver(control, segment) if segment else control
+    receiver = KvReceiver(_mover(runner), spec.tp_rank, staging, transport, time.monotonic)
+    endpoint = RankEndpoint(control.endpoint, kind, host_id(), segment.name if segment else "", 0, 0)
     return RankParts((*services, ReceiveService(receiver)), endpoint, receiver.close)
+
+
+def _mover(runner: ModelRunner) -> Mover:
+    cache = runner.cache
+    return DeviceMover(cache) if cache.layers[0].is_cuda else HostMover(cache)
+
+
+def _segment(spec: RankSpec) -> Segment | None:
+    """The staging area of a decode rank, if senders of its host share one with it."""
+    topology = spec.topology
+    if topology.local_transport == "cuda_ipc":
+        return CudaSegment(topology.staging, torch.device(spec.device))
+    if topology.local_transport == "shm":
+        sweep(topology.name)  # of what an incarnation before this one left when it was killed
+        return ShmSegment(topology.name, topology.staging)
+    return None
 
 
 def _prefill_engine(leader: Leader, blocks: BlockManager, outlet: KvOutlet) -> PrefillEngine:

@@ -26,10 +26,10 @@ def check_gpu(spec: RankSpec, config: ModelConfig) -> None:
     free, total = torch.cuda.mem_get_info(device)
     share = int(total * pool.gpu_fraction)
     weights = weight_bytes(config, spec.tp, pool.layout.ep, getattr(torch, spec.topology.model.dtype).itemsize)
-    needed = weights + pool.kv_memory
-    if needed > min(free, share):
+    staging = spec.topology.staging if spec.role == "decode" and spec.topology.local_transport == "cuda_ipc" else 0
+    if weights + pool.kv_memory + staging > min(free, share):
         section = "prefill" if spec.role == "prefill" else "decode"
-        parts = f"{format_bytes(weights)} of weights and {format_bytes(pool.kv_memory)} of KV"
+        parts = f"{format_bytes(weights)} of weights and {format_bytes(pool.kv_memory + staging)} of KV"
         room = f"{format_bytes(free)} free, and a share of {format_bytes(share)}"
         raise StartupError(f"{section}.kv_memory: {parts} do not fit on {spec.device}, which has {room}; lower it")
     torch.cuda.set_per_process_memory_fraction(pool.gpu_fraction, device)

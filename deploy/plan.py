@@ -73,7 +73,7 @@ class Link:
 
     prefill: str
     decode: str
-    transport: Literal["shm", "tcp"]
+    transport: Literal["cuda_ipc", "shm", "tcp"]
 
 
 @dataclass(frozen=True)
@@ -164,12 +164,13 @@ def _memory_faults(file: TopologyFile, model: ModelConfig, role: Role) -> Iterat
         yield file.error(field, format_bytes(pool.kv_memory), expected)
     if pool.device == "cpu":
         return
-    weights, staging = _weight_bytes(topology, model, pool), topology.kv_transfer.staging
+    weights = _weight_bytes(topology, model, pool)
+    staging = topology.staging if role == "decode" and topology.local_transport == "cuda_ipc" else 0
     memory = int(topology.hosts.gpu_memory * pool.gpu_fraction)
     left = memory - weights - staging - GPU_RUNTIME_BYTES
     if pool.kv_memory > left:
         taken = ((weights, "weights"), (staging, "staging"), (GPU_RUNTIME_BYTES, "run time"))
-        parts = ", ".join(f"{format_bytes(size)} of {what}" for size, what in taken)
+        parts = ", ".join(f"{format_bytes(size)} of {what}" for size, what in taken if size)
         room = f"leave {format_bytes(left)} for KV" if left > 0 else "do not fit: share the model over more ranks"
         share = "a GPU" if pool.gpu_fraction == 1 else f"{pool.gpu_fraction:.0%} of a GPU"
         expected = f"on {share} of {format_bytes(memory)}, {parts} {room}"
@@ -228,17 +229,20 @@ def _no_room(file: TopologyFile, role: Role) -> TopologyError:
 
 
 def _links(file: TopologyFile, pools: tuple[PoolPlan, ...]) -> tuple[Link, ...]:
-    """A link for each pair of engines; shared memory reaches only as far as one host."""
+    """A link for each pair of engines; what one host shares reaches no other."""
     if file.topology.colocated:
         return ()
     prefill, decode = pools
-    chosen = file.topology.kv_transfer.transport
+    chosen, local = file.topology.kv_transfer.transport, file.topology.local_transport
+    if local == "cuda_ipc" and "cpu" in (prefill.device, decode.device):
+        expected = "it needs both pools on GPUs: expected auto, shm or tcp"
+        raise TopologyErrors([file.error("kv_transfer.transport", chosen, expected)])
     links = []
     for source in prefill.engines:
         for target in decode.engines:
-            local = len(source.hosts | target.hosts) == 1
-            if chosen == "shm" and not local:
+            together = len(source.hosts | target.hosts) == 1
+            if chosen not in ("auto", "tcp") and not together:
                 expected = f"{source.id} and {target.id} are on different hosts: expected auto or tcp"
-                raise TopologyErrors([file.error("kv_transfer.transport", "shm", expected)])
-            links.append(Link(source.id, target.id, "shm" if local and chosen != "tcp" else "tcp"))
+                raise TopologyErrors([file.error("kv_transfer.transport", chosen, expected)])
+            links.append(Link(source.id, target.id, local if together else "tcp"))
     return tuple(links)

@@ -46,7 +46,8 @@ def describe_sampling(sampling: Sampling) -> str:
 
 def status_table(status: ClusterStatus) -> Table:
     """A row for each engine and router of a cluster."""
-    table = Table(title=f"cluster {status.name}", title_justify="left")
+    caption = f"KV transfer: {status.kv_path}"
+    table = Table(title=f"cluster {status.name}", title_justify="left", caption=caption, caption_justify="left")
     for column in ("unit", "state", "pids", "endpoint", "deaths", "last death"):
         table.add_column(column)
     for unit in status.units:

@@ -40,7 +40,10 @@ class UnitStatus:
 
 @dataclass(frozen=True)
 class ClusterStatus:
+    """`kv_path`: how KV gets from prefill to decode."""
+
     name: str
+    kv_path: str
     units: tuple[UnitStatus, ...] = ()
 
     @property

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import ray
@@ -19,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from splitserve.cluster.errors import NotFound
 from splitserve.cluster.log import merge, start_logging, tail
+from splitserve.cluster.topology import Topology
 from splitserve.deploy.actors import STOP_S
 from splitserve.deploy.cluster_spec import ClusterSpec
 from splitserve.deploy.cluster_state import ClusterFolder
@@ -42,7 +44,7 @@ class Supervisor:
         self._units = {unit.name: unit for unit in make_units(spec.topology)}
         self._running: dict[str, RunningUnit] = {}
         self._deaths = dict.fromkeys(self._units, Deaths())
-        self._status = ClusterStatus(spec.topology.name)
+        self._status = ClusterStatus(spec.topology.name, _kv_path(spec.topology))
         self._logs = {SUPERVISOR: (_node(), _start_logging(spec))}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._supervise, name="supervise", daemon=True)
@@ -146,7 +148,14 @@ class Supervisor:
             else:
                 state: UnitState = "failed" if deaths.is_crash_loop else "down"
                 units.append(UnitStatus(name, state, (), deaths.total, deaths.last_reason, ""))
-        self._status = ClusterStatus(self._spec.topology.name, tuple(units))
+        self._status = replace(self._status, units=tuple(units))
+
+
+def _kv_path(topology: Topology) -> str:
+    if topology.colocated:
+        return "none: one pool does both"
+    local = topology.local_transport
+    return local if topology.hosts.count == 1 or local == "tcp" else f"{local} within a host, tcp between hosts"
 
 
 def _start_logging(spec: ClusterSpec) -> Path:

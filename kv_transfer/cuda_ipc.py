@@ -13,9 +13,12 @@ from typing import Any
 import torch
 
 from splitserve.cluster.errors import InsufficientResources, TransferFailed
+from splitserve.kv_transfer.segments import Unreachable
 
+FRAME_BYTES = 64 << 20
 HANDLE_BYTES = 64
 LAZY_PEER_ACCESS = 1
+NO_WAY = {"CUDA_ERROR_PEER_ACCESS_UNSUPPORTED", "CUDA_ERROR_NOT_SUPPORTED", "CUDA_ERROR_TOO_MANY_PEERS"}
 _NAME = re.compile(rf"cuda-(?P<handle>[0-9a-f]{{{2 * HANDLE_BYTES}}})")
 
 
@@ -37,18 +40,25 @@ class CudaSegment:
             if fault := _call("cuMemAlloc_v2", ctypes.byref(self._address), ctypes.c_size_t(size)):
                 raise InsufficientResources(f"staging: {device} has no room for {size} bytes ({fault})")
             _check("cuIpcGetMemHandle", ctypes.byref(handle), self._address)
-            self.bytes = _view(self._address.value, size, device)
+            self.bytes = _view(self._address.value, size)
         self.name = f"cuda-{bytes(handle.reserved).hex()}"
+
+    def take(self, offset: int, size: int) -> torch.Tensor:
+        """No copy: movers on a GPU read every word once, and sum what they have read."""
+        return self.bytes[offset : offset + size]
 
     def close(self) -> None:
         _check("cuMemFree_v2", self._address)
 
 
 class CudaMapping:
-    """Another process's segment, as this process's `device` reaches it: `bytes` uint8 [its size].
+    """Another process's segment, as this process's `device` reaches it: `bytes` uint8 [its size], on the GPU it is on.
 
-    Raises TransferFailed when `name` is no segment's, or its process is gone.
+    Raises TransferFailed when `name` is no segment's, or its process is gone; Unreachable when `device` has no way
+    to that GPU.
     """
+
+    frame_bytes = FRAME_BYTES
 
     def __init__(self, name: str, device: torch.device) -> None:
         match = _NAME.fullmatch(name)
@@ -61,12 +71,14 @@ class CudaMapping:
             torch.cuda.current_stream()
             fault = _call("cuIpcOpenMemHandle_v2", ctypes.byref(self._address), handle, LAZY_PEER_ACCESS)
             if fault:
-                raise TransferFailed(f"segment: {name[:16]}... cannot be opened ({fault})")
+                failure = Unreachable if fault in NO_WAY else TransferFailed
+                raise failure(f"segment: {name[:16]}... cannot be opened on {device} ({fault})")
             _check("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), self._address)
-            self.bytes = _view(self._address.value, size.value, device)
+            self.bytes = _view(self._address.value, size.value)
+        self._device = device
 
     def close(self) -> None:
-        """Nothing of this process may be writing there any more."""
+        torch.cuda.synchronize(self._device)  # nothing of this process writes there any more
         _check("cuIpcCloseMemHandle", self._address)
 
 
@@ -77,8 +89,8 @@ class _Bytes:
         self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3}
 
 
-def _view(address: int, size: int, device: torch.device) -> torch.Tensor:
-    return torch.as_tensor(_Bytes(address, size), device=device)
+def _view(address: int, size: int) -> torch.Tensor:
+    return torch.as_tensor(_Bytes(address, size))  # naming another device than the memory's would copy it
 
 
 def _call(name: str, *arguments: Any) -> str:

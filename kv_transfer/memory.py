@@ -15,6 +15,7 @@ import torch
 from splitserve.cluster.channel import Socket
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.messages import RankEndpoint
+from splitserve.kv_transfer.staging import FRAME_BYTES
 from splitserve.kv_transfer.transport import Arrival
 
 
@@ -91,6 +92,9 @@ class MemorySender:
 
     def connect(self, target: RankEndpoint) -> None:
         """Nothing to prepare."""
+
+    def frame_bytes(self, target: RankEndpoint) -> int:
+        return FRAME_BYTES
 
     def place(self, target: RankEndpoint, offset: int, size: int) -> torch.Tensor:
         if not target.segment:

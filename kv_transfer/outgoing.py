@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -136,19 +136,28 @@ class Outgoing:
         return not self.flights and not self.owes_hand_off and all(lane.is_cut for lane in self.lanes)
 
 
-def build_lanes(ticket: Ticket, source: KvLayout, rank: int) -> list[Lane]:
-    """The lanes of source rank `rank`. Raises TransferFailed when the ticket does not fit the cache or has no room."""
+def build_lanes(ticket: Ticket, source: KvLayout, rank: int, frame_bytes: Callable[[RankEndpoint], int]) -> list[Lane]:
+    """The lanes of source rank `rank`, with frames of at most `frame_bytes`.
+
+    Raises TransferFailed when the ticket does not fit the cache or has no room.
+    """
     if len(ticket.endpoints) != ticket.layout.tp:
         raise TransferFailed(f"endpoints: found {len(ticket.endpoints)}; a target of tp={ticket.layout.tp} has as many")
     plan = reshard(source, ticket.layout, ticket.start_token, ticket.num_tokens)
-    return [_lane(ticket, source, plan, piece) for piece in plan if piece.source_rank == rank]
+    return [_lane(ticket, source, plan, piece, frame_bytes) for piece in plan if piece.source_rank == rank]
 
 
-def _lane(ticket: Ticket, source: KvLayout, plan: tuple[Piece, ...], piece: Piece) -> Lane:
+def _lane(
+    ticket: Ticket,
+    source: KvLayout,
+    plan: tuple[Piece, ...],
+    piece: Piece,
+    frame_bytes: Callable[[RankEndpoint], int],
+) -> Lane:
     target = ticket.endpoints[piece.target_rank]
     share = window_share(plan, piece, Window(target.window_offset, target.window_bytes))
     token_bytes = bytes_per_layer_token(source, piece.source_heads)
-    slots = share.slots(token_bytes)
+    slots = share.slots(token_bytes, frame_bytes(target))
     if not slots:
         raise TransferFailed(f"window: a source's share has {share.size} bytes; one token of a layer has {token_bytes}")
     return Lane(

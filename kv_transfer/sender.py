@@ -77,7 +77,7 @@ class KvSender:
         outgoing = Outgoing(
             ticket=ticket,
             table=self._mover.table(pages, ticket.num_tokens),
-            lanes=build_lanes(ticket, self._mover.cache.layout, self._rank),
+            lanes=build_lanes(ticket, self._mover.cache.layout, self._rank, self._transport.frame_bytes),
             ready=[ticket.start_token] * self._mover.cache.layout.num_layers,
             marks=[None] * self._mover.cache.layout.num_layers,
             owes_hand_off=self._rank == 0,

@@ -15,7 +15,7 @@ from splitserve.kv_transfer.reshard import Piece
 
 ALIGNMENT = 64
 MIN_SLOTS = 4
-FRAME_BYTES = 4 << 20
+FRAME_BYTES = 4 << 20  # in host memory
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Window:
         size = _align_down(self.size // count)
         return Window(self.offset + index * size, size)
 
-    def slots(self, smallest: int) -> tuple[Window, ...]:
+    def slots(self, smallest: int, largest: int) -> tuple[Window, ...]:
         """Equal parts that take a frame each, of at least `smallest` bytes; none when not even one fits."""
-        size = _align_down(min(self.size // MIN_SLOTS, FRAME_BYTES))
+        size = _align_down(min(self.size // MIN_SLOTS, largest))
         size = max(size, _align_up(smallest))
         return tuple(Window(self.offset + index * size, size) for index in range(self.size // size))
 

@@ -79,6 +79,9 @@ class TcpSender:
     def connect(self, target: RankEndpoint) -> None:
         self._link(target.address)
 
+    def frame_bytes(self, target: RankEndpoint) -> int:
+        return FRAME_BYTES
+
     def place(self, target: RankEndpoint, offset: int, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8)
 

@@ -1,4 +1,4 @@
-"""What carries frames from a sending to a receiving rank: memory.py (a fake with faults), tcp.py and shm.py.
+"""What carries frames from a sending to a receiving rank: tcp.py, segments.py, and memory.py (a fake with faults).
 
 A transport moves bytes and knows nothing of transfers. It may lose, repeat, delay, reorder or damage whatever it
 carries; sender and receiver are built for that. It never raises for what a peer did.
@@ -28,8 +28,11 @@ class SenderTransport(Protocol):
     def connect(self, target: RankEndpoint) -> None:
         """Prepare to send to `target`. Raises TransferFailed when its address or staging cannot be used."""
 
+    def frame_bytes(self, target: RankEndpoint) -> int:
+        """The most that a payload for `target` should take. Raises as `connect` does."""
+
     def place(self, target: RankEndpoint, offset: int, size: int) -> torch.Tensor:
-        """Where to pack `size` bytes meant for `offset` of the target's staging: uint8 in host memory.
+        """Where to pack `size` bytes meant for `offset` of the target's staging: uint8, on a GPU if that is there.
 
         Raises TransferFailed when the target's staging is gone or does not have that place.
         """
@@ -56,8 +59,9 @@ class ReceiverTransport(Protocol):
         """Those that `receive` reads, for whoever waits for news."""
 
     def take(self, arrival: Arrival, offset: int, size: int) -> torch.Tensor:
-        """The arrival's payload, uint8 [size] in host memory that no peer can write; valid until the next call.
+        """The arrival's payload, uint8 [size], valid until the next call.
 
+        On a GPU a peer may still write there: whoever moves it must read each word once, and sum what it has read.
         Raises TransferFailed when it is not `size` bytes long.
         """
 

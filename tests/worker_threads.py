@@ -42,7 +42,7 @@ def topology(
         "router": {"grpc": f"127.0.0.1:{port}"},
         "prefill": {**pool, "layout": {"tp": prefill_tp}},
         "decode": {**pool, "layout": {"tp": decode_tp}},
-        "kv_transfer": {"staging": "4MiB"},
+        "kv_transfer": {"staging": "4MiB", "transport": "shm"},  # CUDA IPC needs two processes
     }
     return Topology.model_validate(settings | changes)
 

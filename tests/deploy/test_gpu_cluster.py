@@ -1,4 +1,4 @@
-"""A cluster of real processes that share one GPU: prefill and decode, KV through the host."""
+"""Clusters of real processes on GPUs: prefill and decode on one, or on one each, and every way that KV can take."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.deploy.clusters import free_port, succeed
 
@@ -15,35 +16,35 @@ pytestmark = pytest.mark.gpu
 TOPOLOGY = """
 name: {name}
 model: {{path: {model}, context: 1024, dtype: bfloat16}}
-hosts: {{gpus: 1}}
+hosts: {{gpus: {gpus}}}
 router: {{grpc: "127.0.0.1:{port}"}}
-prefill: {{device: cuda, gpu_fraction: 0.4, kv_memory: 64MiB}}
-decode: {{device: cuda, gpu_fraction: 0.6, kv_memory: 64MiB, slots: 32}}
-kv_transfer: {{staging: 4MiB}}
+prefill: {{device: cuda, gpu_fraction: {prefill_fraction}, kv_memory: 64MiB}}
+decode: {{device: cuda, gpu_fraction: {decode_fraction}, kv_memory: 64MiB, slots: 32}}
+kv_transfer: {{staging: 4MiB, transport: {transport}}}
 """
+FRACTIONS = ("prefill_fraction", "decode_fraction")
+LOAD = ("--requests", 48, "--concurrency", 32, "--prompt-tokens", "uniform:1:300", "--output-tokens", "uniform:1:60")
 
 
-def test_two_workers_share_a_gpu(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["cuda_ipc", "shm", "tcp"])
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_two_workers(gpus: int, transport: str, tiny_model: Path, tmp_path: Path) -> None:
+    if gpus > torch.cuda.device_count():
+        pytest.skip("one GPU only")
     name, file, figures = f"test-gpu-{os.getpid()}", tmp_path / "t.yaml", tmp_path / "figures.json"
-    file.write_text(TOPOLOGY.format(name=name, model=tiny_model, port=free_port()))
+    fractions = {"prefill_fraction": 0.4, "decode_fraction": 0.6} if gpus == 1 else dict.fromkeys(FRACTIONS, 1)
+    file.write_text(
+        TOPOLOGY.format(name=name, model=tiny_model, port=free_port(), gpus=gpus, transport=transport, **fractions)
+    )
     succeed("up", file, timeout_s=180)
     try:
         status = succeed("status", name)
         assert "prefill/0/0" in status
         assert "decode/0/0" in status
+        assert f"KV transfer: {transport}" in status
         ask = ("generate", "--cluster", name, "--text", "The quick brown fox", "--max-tokens", 24)
         alone = succeed(*ask)
-        load = (
-            "--requests",
-            48,
-            "--concurrency",
-            32,
-            "--prompt-tokens",
-            "uniform:1:300",
-            "--output-tokens",
-            "uniform:1:60",
-        )
-        succeed("bench", "--cluster", name, *load, "--json", figures, timeout_s=120)
+        succeed("bench", "--cluster", name, *LOAD, "--json", figures, timeout_s=120)
         assert json.loads(figures.read_text())["summary"]["errors"] == {}
         assert succeed(*ask) == alone
     finally:

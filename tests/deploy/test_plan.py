@@ -167,6 +167,28 @@ def test_transports_follow_the_hosts(tmp_path: Path) -> None:
     assert "different hosts" in faults_of(tmp_path, raw)["kv_transfer.transport"].expected
 
 
+def test_kv_goes_from_gpu_to_gpu_where_both_pools_have_them(tmp_path: Path) -> None:
+    cuda = {"device": "cuda", "kv_memory": "1GiB"}
+    raw: dict[str, Any] = {"prefill": cuda | {"replicas": 2}, "decode": cuda, "hosts": {"gpus": 4}}
+    plan = plan_text(tmp_path, raw)
+    assert {link.transport for link in plan.links} == {"cuda_ipc"}
+    assert "2 engine pairs over cuda_ipc" in render_plan(plan)
+    assert plan.topology.staging == 512 << 20
+    raw["prefill"] = {"device": "cpu"}
+    assert {link.transport for link in plan_text(tmp_path, raw).links} == {"shm"}
+    raw["kv_transfer"] = {"transport": "cuda_ipc"}
+    assert "both pools on GPUs" in faults_of(tmp_path, raw)["kv_transfer.transport"].expected
+
+
+def test_staging_on_a_gpu_counts_as_memory_of_decode_alone(tmp_path: Path) -> None:
+    cuda = {"device": "cuda", "kv_memory": "1GiB"}
+    raw: dict[str, Any] = {"prefill": cuda, "decode": cuda, "hosts": {"gpus": 2, "gpu_memory": "8GiB"}}
+    raw["kv_transfer"] = {"staging": "7GiB"}
+    faults = faults_of(tmp_path, raw)
+    assert set(faults) == {"decode.kv_memory"}
+    assert "7 GiB of staging" in faults["decode.kv_memory"].expected
+
+
 def test_pools_of_different_nodes_share_no_host(tmp_path: Path) -> None:
     raw: dict[str, Any] = {"prefill": {"node_resource": "p"}, "decode": {"node_resource": "d"}}
     assert "hosts.count" in faults_of(tmp_path, raw)

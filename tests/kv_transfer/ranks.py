@@ -45,8 +45,8 @@ def layout(tp: int = 1, *, heads: int = 4, planes: Literal[1, 2] = 2, page_size:
     )
 
 
-def poisoned_cache(of: KvLayout, num_pages: int) -> KvCache:
-    cache = KvCache(of, num_pages, CPU)
+def poisoned_cache(of: KvLayout, num_pages: int, device: torch.device = CPU) -> KvCache:
+    cache = KvCache(of, num_pages, device)
     for layer in cache.layers:
         layer.fill_(POISON)
     return cache
@@ -77,7 +77,7 @@ def expected_cache(
 
 def assert_same(found: KvCache, expected: KvCache) -> None:
     for layer, (left, right) in enumerate(zip(found.layers, expected.layers, strict=True)):
-        assert torch.equal(left, right), f"layer {layer} differs"
+        assert torch.equal(left.cpu(), right.cpu()), f"layer {layer} differs"
 
 
 class SlowDevice:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import pytest
@@ -24,11 +25,15 @@ from splitserve.cluster.errors import InsufficientResources, StartupError, Trans
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import RankEndpoint, Ticket
 from splitserve.engine.kv_cache import KvCache
+from splitserve.kv_transfer.cuda_ipc import CudaSegment
+from splitserve.kv_transfer.device_mover import DeviceMover
 from splitserve.kv_transfer.mover import HostMover
 from splitserve.kv_transfer.protocol import Freed, Incoming, ReceiveFailed, ReceiverEvent, SendFailed, Sent, Verified
 from splitserve.kv_transfer.receiver import KvReceiver
+from splitserve.kv_transfer.segments import HostSender, SegmentReceiver, Unreachable
 from splitserve.kv_transfer.sender import KvSender
-from splitserve.kv_transfer.shm import FOLDER, HostSender, ShmReceiver, ShmSegment, attach, host_id, sweep
+from splitserve.kv_transfer.shm import FOLDER, ShmMapping, ShmSegment, host_id, sweep
+from splitserve.kv_transfer.staging import FRAME_BYTES
 from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender
 from tests.kv_transfer.ranks import (
     HAND_OFF,
@@ -73,19 +78,18 @@ class DecodeRank:
         open_ends: ExitStack,
         of: KvLayout = TARGET,
         rank: int = 0,
-        transport: str = "shm",
+        transport: Literal["cuda_ipc", "shm", "tcp"] = "shm",
         keys: CurveKeys | None = None,
+        device: str = "cpu",
     ) -> None:
         control = TcpReceiver("127.0.0.1", keys)
-        segment = ShmSegment(CLUSTER, STAGING_BYTES)
-        shared = transport == "shm"
-        self.endpoint = RankEndpoint(
-            control.endpoint, "shm" if shared else "tcp", host_id(), segment.name if shared else "", 4096, 1 << 16
-        )
-        self.cache = poisoned_cache(of, 16)
-        self.receiver = KvReceiver(
-            HostMover(self.cache), rank, STAGING_BYTES, ShmReceiver(control, segment), time.monotonic
-        )
+        on = torch.device(device)
+        segment = CudaSegment(STAGING_BYTES, on) if transport == "cuda_ipc" else ShmSegment(CLUSTER, STAGING_BYTES)
+        name = "" if transport == "tcp" else segment.name
+        self.endpoint = RankEndpoint(control.endpoint, transport, host_id(), name, 4096, 1 << 16)
+        self.cache = poisoned_cache(of, 16, on)
+        mover = HostMover(self.cache) if device == "cpu" else DeviceMover(self.cache)
+        self.receiver = KvReceiver(mover, rank, STAGING_BYTES, SegmentReceiver(control, segment), time.monotonic)
         open_ends.callback(self.receiver.close)
 
     def open(self, ticket: Ticket, source: KvLayout, pages: list[int]) -> None:
@@ -108,15 +112,16 @@ def grant(ranks: list[DecodeRank], of: KvLayout, lease_s: float = 20.0) -> Ticke
     return Ticket("r/0", 7 << 32, of, 0, TOKENS, lease_s, tuple(rank.endpoint for rank in ranks))
 
 
-def host_sender(keys: CurveKeys | None = None) -> HostSender:
-    return HostSender(TcpSender(time.monotonic, keys), host_id())
+def host_sender(keys: CurveKeys | None = None, host: str | None = None) -> HostSender:
+    control = TcpSender(time.monotonic, keys)
+    return HostSender(control, host or host_id(), {"shm": ShmMapping}, time.monotonic)
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 @pytest.mark.parametrize("secure", [False, True], ids=["plain", "curve"])
 @pytest.mark.parametrize(("source_tp", "target_tp"), [(1, 2), (2, 1), (2, 4)])
 def test_pages_arrive_bit_for_bit(
-    open_ends: ExitStack, transport: str, secure: bool, source_tp: int, target_tp: int
+    open_ends: ExitStack, transport: Literal["shm", "tcp"], secure: bool, source_tp: int, target_tp: int
 ) -> None:
     keys = CurveKeys.generate() if secure else None
     source, target = layout(source_tp, page_size=16), layout(target_tp, page_size=5)
@@ -148,20 +153,23 @@ def test_pages_arrive_bit_for_bit(
         assert decode.receiver.rejected == 0
 
 
-def peer(ticket: Ticket, share: float) -> subprocess.Popen[str]:
+def start_peer() -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.kv_transfer.host_peer", str(share)],
+        [sys.executable, "-m", "tests.kv_transfer.host_peer"],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert process.stdin is not None
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
-    process.stdin.write(pack(ticket).hex() + "\n")
-    process.stdin.flush()
     return process
+
+
+def tell(peer: subprocess.Popen[str], ticket: Ticket, share: float = 1, devices: str = "cpu") -> None:
+    assert peer.stdin is not None
+    peer.stdin.write(f"{share} {devices} {pack(ticket).hex()}\n")
+    peer.stdin.flush()
 
 
 def poll_until(decode: DecodeRank, count: int, seconds: float) -> list[ReceiverEvent]:
@@ -174,11 +182,12 @@ def poll_until(decode: DecodeRank, count: int, seconds: float) -> list[ReceiverE
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
-def test_kv_crosses_between_two_processes(open_ends: ExitStack, transport: str) -> None:
+def test_kv_crosses_between_two_processes(open_ends: ExitStack, transport: Literal["shm", "tcp"]) -> None:
     decode = DecodeRank(open_ends, transport=transport)
     ticket = grant([decode], TARGET)
     decode.open(ticket, SOURCE, TARGET_PAGES)
-    process = peer(ticket, share=1)
+    process = start_peer()
+    tell(process, ticket)
     assert poll_until(decode, 1, 30) == [Verified("r/0", HAND_OFF)]
     decode.receiver.commit("r/0")
     assert poll_until(decode, 1, 10) == [Freed("r/0")]
@@ -188,10 +197,11 @@ def test_kv_crosses_between_two_processes(open_ends: ExitStack, transport: str) 
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
-def test_a_sender_that_dies_costs_a_lease(open_ends: ExitStack, transport: str) -> None:
+def test_a_sender_that_dies_costs_a_lease(open_ends: ExitStack, transport: Literal["shm", "tcp"]) -> None:
     decode = DecodeRank(open_ends, transport=transport)
     ticket = grant([decode], TARGET, lease_s=2.0)
-    process = peer(ticket, share=0.5)
+    process = start_peer()
+    tell(process, ticket, share=0.5)
     decode.open(ticket, SOURCE, TARGET_PAGES)
     deadline = time.monotonic() + 30
     while process.poll() is None and time.monotonic() < deadline:
@@ -248,7 +258,7 @@ def test_a_window_beyond_the_segment_ends_the_transfer(open_ends: ExitStack) -> 
 
 def test_another_host_gets_its_payload_over_tcp(open_ends: ExitStack) -> None:
     decode = DecodeRank(open_ends)
-    sender = open_ends.enter_context(closing(HostSender(TcpSender(time.monotonic), "another host")))
+    sender = open_ends.enter_context(closing(host_sender(host="another host")))
     payload = sender.place(decode.endpoint, 4096, 64)
     sender.send(decode.endpoint, b"header", payload.fill_(5))
     transport = decode.receiver._transport
@@ -269,6 +279,69 @@ def test_what_is_taken_from_shared_memory_no_longer_changes(open_ends: ExitStack
     taken = transport.take(arrivals[0], 4096, 64)
     sender.place(decode.endpoint, 4096, 64).fill_(6)
     assert taken.tolist() == [5] * 64
+
+
+class Somewhere:
+    """A segment that a test lends to a sender."""
+
+    def __init__(self, name: str) -> None:
+        self.bytes, self.frame_bytes, self.closed = torch.zeros(4096, dtype=torch.uint8), 1024, False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def on_a_gpu(decode: DecodeRank) -> RankEndpoint:
+    return replace(decode.endpoint, transport="cuda_ipc", segment="cuda-00")
+
+
+def test_a_segment_without_a_way_to_it_gets_its_payload_over_tcp(open_ends: ExitStack) -> None:
+    asked: list[str] = []
+
+    def refuse(name: str) -> Somewhere:
+        asked.append(name)
+        raise Unreachable("segment: no way")
+
+    decode = DecodeRank(open_ends)
+    sender = HostSender(TcpSender(time.monotonic), host_id(), {"cuda_ipc": refuse}, time.monotonic)
+    open_ends.callback(sender.close)
+    target = on_a_gpu(decode)
+    sender.connect(target)
+    assert sender.frame_bytes(target) == FRAME_BYTES
+    sender.send(target, b"header", sender.place(target, 0, 64).fill_(5))
+    transport = decode.receiver._transport
+    while not (arrivals := transport.receive(1)):
+        time.sleep(0.001)
+    assert transport.take(arrivals[0], 0, 64).tolist() == [5] * 64
+    assert asked == ["cuda-00"]
+
+
+def test_a_segment_is_let_go_of_when_it_was_idle(open_ends: ExitStack) -> None:
+    now, lent = 0.0, []
+
+    def lend(name: str) -> Somewhere:
+        lent.append(Somewhere(name))
+        return lent[-1]
+
+    target = on_a_gpu(DecodeRank(open_ends))
+    sender = HostSender(TcpSender(lambda: now), host_id(), {"cuda_ipc": lend}, lambda: now)
+    open_ends.callback(sender.close)
+    sender.connect(target)
+    assert sender.frame_bytes(target) == 1024
+    now = 50.0
+    sender.place(target, 0, 64).fill_(5)
+    now = 70.0
+    sender.receive()
+    assert [segment.closed for segment in lent] == [False]
+    assert lent[0].bytes[:65].tolist() == [5] * 64 + [0]
+    with pytest.raises(TransferFailed, match="has 4096 bytes; a frame ends at 4097"):
+        sender.place(target, 4033, 64)
+    now = 140.0
+    sender.receive()
+    sender.place(target, 0, 64)
+    assert [segment.closed for segment in lent] == [True, False]
+    open_ends.close()
+    assert [segment.closed for segment in lent] == [True, True]
 
 
 def test_oversized_messages_and_strangers_do_no_harm(open_ends: ExitStack) -> None:
@@ -310,7 +383,7 @@ def test_a_segment_is_private_and_unlinked(open_ends: ExitStack) -> None:
     segment = open_ends.enter_context(closing(ShmSegment(CLUSTER, 4096)))
     path = FOLDER / segment.name
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    attach(segment.name)[:4] = 7
+    ShmMapping(segment.name).bytes[:4] = 7
     assert segment.bytes[:5].tolist() == [7, 7, 7, 7, 0]
     open_ends.close()
     assert not path.exists()

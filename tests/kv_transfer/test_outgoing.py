@@ -7,7 +7,7 @@ import pytest
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.messages import RankEndpoint, Ticket
 from splitserve.kv_transfer.outgoing import MIN_FRAME_BYTES, Region, build_lanes, next_region
-from splitserve.kv_transfer.staging import MIN_SLOTS, Window, WindowAllocator, window_size
+from splitserve.kv_transfer.staging import FRAME_BYTES, MIN_SLOTS, Window, WindowAllocator, window_size
 from tests.kv_transfer.ranks import layout
 
 BIG = MIN_FRAME_BYTES
@@ -62,12 +62,12 @@ def ticket(window_bytes: int, endpoints: int = 1) -> Ticket:
 
 def test_a_window_without_room_for_a_token_is_refused() -> None:
     with pytest.raises(TransferFailed, match="share has 64 bytes; one token of a layer has 128"):
-        build_lanes(ticket(64), layout(1), 0)
+        build_lanes(ticket(64), layout(1), 0, lambda target: FRAME_BYTES)
 
 
 def test_endpoints_must_match_the_layout() -> None:
     with pytest.raises(TransferFailed, match="endpoints: found 3"):
-        build_lanes(ticket(4096, endpoints=3), layout(1), 0)
+        build_lanes(ticket(4096, endpoints=3), layout(1), 0, lambda target: FRAME_BYTES)
 
 
 @pytest.mark.parametrize("limit", [1, 1000, 1 << 20])
@@ -76,7 +76,7 @@ def test_a_window_of_the_advised_size_always_works(limit: int, source_tp: int) -
     target, source = layout(1), layout(source_tp)
     size = window_size(target, 8, source_tp, limit)
     for rank in range(source_tp):
-        (lane,) = build_lanes(ticket(size), source, rank)
+        (lane,) = build_lanes(ticket(size), source, rank, lambda target: FRAME_BYTES)
         assert lane.slot_bytes >= lane.token_bytes
         assert limit < 1 << 20 or len(lane.free_slots) >= MIN_SLOTS
 

@@ -1,0 +1,147 @@
+"""A decode rank in this process and a prefill rank in another, which send each other KV for benchmarks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from typing import Literal
+
+import torch
+
+from splitserve.cluster.codec import pack, unpack
+from splitserve.cluster.layout import KvLayout
+from splitserve.cluster.messages import HandOff, RankEndpoint, Ticket
+from splitserve.engine.kv_cache import KvCache
+from splitserve.kv_transfer.cuda_ipc import CudaMapping, CudaSegment
+from splitserve.kv_transfer.device_mover import DeviceMover
+from splitserve.kv_transfer.mover import HostMover, Mover
+from splitserve.kv_transfer.protocol import Freed, Incoming, ReceiveFailed, Verified
+from splitserve.kv_transfer.receiver import KvReceiver
+from splitserve.kv_transfer.segments import Attach, HostSender, SegmentReceiver
+from splitserve.kv_transfer.sender import KvSender
+from splitserve.kv_transfer.shm import ShmMapping, ShmSegment, host_id
+from splitserve.kv_transfer.staging import window_size
+from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender
+
+LEASE_S = 30.0
+
+
+class KvPair:
+    """Transfers of up to `tokens` tokens of a `layout` from `source` to `target`, devices."""
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        tokens: int,
+        transport: Literal["cuda_ipc", "shm", "tcp"],
+        window_bytes: int,
+        child: subprocess.Popen[str],
+        target: str,
+    ) -> None:
+        device, control = torch.device(target), TcpReceiver("127.0.0.1")
+        segment = (
+            CudaSegment(window_bytes, device) if transport == "cuda_ipc" else ShmSegment("benchmark", window_bytes)
+        )
+        self._layout, self._window_bytes, self._child, self._epoch = layout, window_bytes, child, 0
+        self._endpoint = RankEndpoint(control.endpoint, transport, host_id(), segment.name, 0, 0)
+        self._mover = _mover(KvCache(layout, pages(layout, tokens)[-1] + 1, device))
+        self._receiver = KvReceiver(self._mover, 0, window_bytes, SegmentReceiver(control, segment), time.monotonic)
+
+    def seconds(self, tokens: int) -> float:
+        """From when the KV of a prompt lies in the source's pages until it is verified in the target's."""
+        self._epoch += 1
+        window = window_size(self._layout, tokens, 1, self._window_bytes)
+        incoming = Incoming(
+            transfer_id=f"prompt-{self._epoch}/0",
+            epoch=self._epoch,
+            source=self._layout,
+            start_token=0,
+            stop_token=tokens,
+            pages=pages(self._layout, tokens),
+            window_offset=0,
+            window_bytes=window,
+            lease_s=LEASE_S,
+        )
+        self._receiver.open(incoming)
+        endpoint = RankEndpoint(
+            self._endpoint.address, self._endpoint.transport, self._endpoint.host, self._endpoint.segment, 0, window
+        )
+        ticket = Ticket(incoming.transfer_id, self._epoch, self._layout, 0, tokens, LEASE_S, (endpoint,))
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        self._child.stdin.write(pack(ticket).hex() + "\n")
+        self._child.stdin.flush()
+        verified = 0.0
+        while True:
+            for event in self._receiver.poll():
+                match event:
+                    case Verified():
+                        verified = time.perf_counter()
+                        self._receiver.commit(ticket.transfer_id)
+                    case ReceiveFailed():
+                        raise RuntimeError(event.reason)
+                    case Freed():
+                        return verified - float(self._child.stdout.readline())
+
+    def close(self) -> None:
+        self._receiver.close()
+
+
+@contextmanager
+def kv_pair(
+    layout: KvLayout,
+    tokens: int,
+    transport: Literal["cuda_ipc", "shm", "tcp"],
+    window_bytes: int,
+    source: str = "cpu",
+    target: str = "cpu",
+) -> Iterator[KvPair]:
+    """A `KvPair` whose prefill rank lives in a child process."""
+    command = [sys.executable, "-m", "benchmarks.kv_pair", source, str(tokens)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            with closing(KvPair(layout, tokens, transport, window_bytes, child, target)) as pair:
+                yield pair
+        finally:
+            child.kill()
+
+
+def send_all(device: torch.device, tokens: int) -> None:
+    """The child: send the KV of every ticket on standard input, and say when it lay in its pages."""
+    attach: dict[str, Attach] = {"shm": ShmMapping}
+    if device.type == "cuda":
+        attach["cuda_ipc"] = partial(CudaMapping, device=device)
+    sender: KvSender | None = None
+    for line in sys.stdin:
+        ticket: Ticket = unpack(bytes.fromhex(line))
+        if sender is None:
+            transport = HostSender(TcpSender(time.monotonic), host_id(), attach, time.monotonic)
+            mover = _mover(KvCache(ticket.layout, pages(ticket.layout, tokens)[-1] + 1, device))
+            sender = KvSender(mover, 0, transport, time.monotonic)
+        sender.begin(ticket, pages(ticket.layout, ticket.num_tokens))
+        began = time.perf_counter()  # the same clock in all processes of a host
+        for layer in range(ticket.layout.num_layers):
+            sender.ready(ticket.transfer_id, layer, ticket.num_tokens)
+        sender.finish(ticket.transfer_id, HandOff((0,)))
+        while sender.active:
+            sender.pump()
+        print(began, flush=True)
+
+
+def pages(layout: KvLayout, tokens: int) -> tuple[int, ...]:
+    """Every other page, as if others held those between."""
+    return tuple(range(0, 2 * -(-tokens // layout.page_size), 2))
+
+
+def _mover(cache: KvCache) -> Mover:
+    return DeviceMover(cache) if cache.layers[0].is_cuda else HostMover(cache)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] != "cpu":
+        torch.cuda.set_device(sys.argv[1])
+    send_all(torch.device(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,151 @@
+"""KV between processes of one host: payloads in a segment of the receiver's that both reach, headers over TCP.
+
+A segment is a file in /dev/shm (shm.py), or memory of the receiver's GPU into which the sender's packs pages
+(cuda_ipc.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from splitserve.cluster.channel import Socket
+from splitserve.cluster.errors import TransferFailed
+from splitserve.cluster.messages import RankEndpoint
+from splitserve.kv_transfer.tcp import IDLE_S, TcpReceiver, TcpSender
+from splitserve.kv_transfer.transport import Arrival
+
+logger = logging.getLogger(__name__)
+
+
+class Unreachable(TransferFailed):
+    """The segment may be there, but this process's device has no way to it."""
+
+
+class Segment(Protocol):
+    """A receiver's staging area, which others attach by its `name`."""
+
+    name: str
+
+    def take(self, offset: int, size: int) -> torch.Tensor:
+        """uint8 [size], valid until the next call: what lies at `offset`, for a mover to sum as it reads it."""
+
+    def close(self) -> None: ...
+
+
+class AttachedSegment(Protocol):
+    """Another process's segment: `bytes` uint8 [its size], of which a frame takes `frame_bytes` at most."""
+
+    bytes: torch.Tensor
+    frame_bytes: int
+
+    def close(self) -> None:
+        """Let go of it, once nothing of this process writes there any more."""
+
+
+Attach = Callable[[str], AttachedSegment]
+
+
+class SegmentReceiver:
+    """Takes frames whose payload lies in `segment`, and those that bring theirs along."""
+
+    def __init__(self, control: TcpReceiver, segment: Segment) -> None:
+        self._control, self._segment = control, segment
+
+    def receive(self, limit: int) -> list[Arrival]:
+        return self._control.receive(limit)
+
+    @property
+    def sockets(self) -> list[Socket]:
+        return self._control.sockets
+
+    def take(self, arrival: Arrival, offset: int, size: int) -> torch.Tensor:
+        if arrival.payload is not None:
+            return self._control.take(arrival, offset, size)
+        return self._segment.take(offset, size)
+
+    def send(self, peer: bytes, header: bytes) -> None:
+        self._control.send(peer, header)
+
+    def close(self) -> None:
+        self._control.close()
+        self._segment.close()
+
+
+@dataclass
+class _Attached:
+    segment: AttachedSegment
+    used_at: float
+
+
+class HostSender:
+    """Writes into segments of this `host` that it can attach, and sends payloads over TCP to all other targets.
+
+    `attach` has a function for each transport of `RankEndpoint` that it knows; one that raises Unreachable is not asked
+    again for that segment. A segment that was not used for a minute is let go of.
+    """
+
+    def __init__(self, control: TcpSender, host: str, attach: Mapping[str, Attach], clock: Callable[[], float]) -> None:
+        self._control, self._host, self._attach, self._clock = control, host, attach, clock
+        self._attached: dict[str, _Attached] = {}
+        self._unreachable: set[str] = set()
+
+    def connect(self, target: RankEndpoint) -> None:
+        self._control.connect(target)
+        self._segment(target)
+
+    def frame_bytes(self, target: RankEndpoint) -> int:
+        segment = self._segment(target)
+        return self._control.frame_bytes(target) if segment is None else segment.frame_bytes
+
+    def place(self, target: RankEndpoint, offset: int, size: int) -> torch.Tensor:
+        segment = self._segment(target)
+        if segment is None:
+            return self._control.place(target, offset, size)
+        if offset + size > segment.bytes.numel():
+            found = f"{target.segment} has {segment.bytes.numel()} bytes"
+            raise TransferFailed(f"segment: {found}; a frame ends at {offset + size}")
+        return segment.bytes[offset : offset + size]
+
+    def send(self, target: RankEndpoint, header: bytes, payload: torch.Tensor | None = None) -> None:
+        self._control.send(target, header, None if self._reaches(target) else payload)
+
+    def receive(self) -> list[bytes]:
+        for name, attached in list(self._attached.items()):
+            if self._clock() - attached.used_at > IDLE_S:  # its receiver may be gone, and its memory with this
+                del self._attached[name]
+                attached.segment.close()
+        return self._control.receive()
+
+    @property
+    def sockets(self) -> list[Socket]:
+        return self._control.sockets
+
+    def close(self) -> None:
+        self._control.close()
+        for attached in self._attached.values():
+            attached.segment.close()
+        self._attached.clear()
+
+    def _reaches(self, target: RankEndpoint) -> bool:
+        known = target.transport in self._attach and target.host == self._host
+        return known and target.segment not in self._unreachable
+
+    def _segment(self, target: RankEndpoint) -> AttachedSegment | None:
+        if not self._reaches(target):
+            return None
+        attached = self._attached.get(target.segment)
+        if attached is None:
+            try:
+                attached = _Attached(self._attach[target.transport](target.segment), self._clock())
+            except Unreachable as error:
+                logger.warning("KV for %s goes over TCP: %s", target.address, error)
+                self._unreachable.add(target.segment)
+                return None
+            self._attached[target.segment] = attached
+        attached.used_at = self._clock()
+        return attached.segment
