@@ -124,8 +124,7 @@ def send_all(device: torch.device, tokens: int) -> None:
             sender = KvSender(mover, 0, transport, time.monotonic)
         sender.begin(ticket, pages(ticket.layout, ticket.num_tokens))
         began = time.perf_counter()  # the same clock in all processes of a host
-        for layer in range(ticket.layout.num_layers):
-            sender.ready(ticket.transfer_id, layer, ticket.num_tokens)
+        sender.ready([(ticket.transfer_id, ticket.num_tokens)], range(ticket.layout.num_layers))
         sender.finish(ticket.transfer_id, HandOff((0,)))
         while sender.active:
             sender.pump()

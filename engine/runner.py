@@ -20,14 +20,14 @@ class ModelRunner:
         self._device = device
 
     @torch.inference_mode()
-    def run(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
+    def run(self, batch: Batch, on_layers: Callable[[range], None] | None = None) -> torch.Tensor:
         """Write the batch's KV and return the logits [wanted rows, vocab] float32, in the batch's order.
 
-        [0, 0] when none are wanted. `on_layer(i)` is called as soon as layer i's KV of this batch is in the cache.
+        [0, 0] when none are wanted. `on_layers` is called as soon as the KV of a range of layers is in the cache.
         """
         tensors = to_tensors(batch, self.cache.layout.page_size, self._device)
         hidden = self.model.forward(
-            tensors.token_ids, tensors.positions, self.cache.layers, tensors.metadata, tensors.slot_mapping, on_layer
+            tensors.token_ids, tensors.positions, self.cache.layers, tensors.metadata, tensors.slot_mapping, on_layers
         )
         if not any(batch.num_logits):
             return hidden.new_empty((0, 0), dtype=torch.float32)

@@ -60,10 +60,11 @@ def block_schedule(
     Choices outside `first_expert` to `first_expert + num_experts` belong to other ranks and get no slot. `pdl` lets
     the kernel, and with it those behind, start while the one before it runs (programmatic dependent launch).
     """
-    num_choices = chosen.numel()
-    chunk = min(CHUNK, max(32, triton.next_power_of_2(num_choices)))
-    chunks, bins = triton.cdiv(num_choices, chunk), max(4, triton.next_power_of_2(num_experts))
-    blocks = max_blocks(num_choices, num_experts, block_m)
+    # As for the next power of two of rows: kernels of the numbers between them are the same (`moe_tiles.expert_tiles`).
+    room = triton.next_power_of_2(len(chosen)) * chosen.shape[1]
+    chunk = min(CHUNK, max(32, triton.next_power_of_2(room)))
+    chunks, bins = triton.cdiv(room, chunk), max(4, triton.next_power_of_2(num_experts))
+    blocks = max_blocks(chosen.numel(), num_experts, block_m)
     # One allocation, so that the scratch's memory lives as long as the schedule: the kernel behind may begin early.
     # Each part starts at a multiple of 16 bytes, whatever the number of rows: alignment is compiled into kernels.
     sizes = [4, chunks * bins, blocks * block_m, blocks]

@@ -14,8 +14,10 @@ import torch
 
 from splitserve.cluster.errors import InsufficientResources, TransferFailed
 from splitserve.kv_transfer.segments import Unreachable
+from splitserve.kv_transfer.staging import FrameSizes
 
-FRAME_BYTES = 64 << 20
+FRAMES = FrameSizes(16 << 20, 64 << 20)
+BLOCK_BYTES = 2 << 20  # what the driver allocates at once: smaller memory shares its block, and the handle, with others
 HANDLE_BYTES = 64
 LAZY_PEER_ACCESS = 1
 NO_WAY = {"CUDA_ERROR_PEER_ACCESS_UNSUPPORTED", "CUDA_ERROR_NOT_SUPPORTED", "CUDA_ERROR_TOO_MANY_PEERS"}
@@ -34,10 +36,10 @@ class CudaSegment:
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._address = ctypes.c_uint64()
-        handle = _Handle()
+        handle, whole = _Handle(), -(-size // BLOCK_BYTES) * BLOCK_BYTES
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # the driver's calls need the context that this makes
-            if fault := _call("cuMemAlloc_v2", ctypes.byref(self._address), ctypes.c_size_t(size)):
+            if fault := _call("cuMemAlloc_v2", ctypes.byref(self._address), ctypes.c_size_t(whole)):
                 raise InsufficientResources(f"staging: {device} has no room for {size} bytes ({fault})")
             _check("cuIpcGetMemHandle", ctypes.byref(handle), self._address)
             self.bytes = _view(self._address.value, size)
@@ -58,7 +60,7 @@ class CudaMapping:
     to that GPU.
     """
 
-    frame_bytes = FRAME_BYTES
+    frame_sizes = FRAMES
 
     def __init__(self, name: str, device: torch.device) -> None:
         match = _NAME.fullmatch(name)

@@ -15,7 +15,7 @@ import torch
 from splitserve.cluster.channel import Socket
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.messages import RankEndpoint
-from splitserve.kv_transfer.staging import FRAME_BYTES
+from splitserve.kv_transfer.staging import HOST_FRAMES, FrameSizes
 from splitserve.kv_transfer.transport import Arrival
 
 
@@ -93,8 +93,8 @@ class MemorySender:
     def connect(self, target: RankEndpoint) -> None:
         """Nothing to prepare."""
 
-    def frame_bytes(self, target: RankEndpoint) -> int:
-        return FRAME_BYTES
+    def frame_sizes(self, target: RankEndpoint) -> FrameSizes:
+        return FrameSizes(0, HOST_FRAMES.most)
 
     def place(self, target: RankEndpoint, offset: int, size: int) -> torch.Tensor:
         if not target.segment:

@@ -14,9 +14,7 @@ from splitserve.kv_transfer.mover import Mark, Move
 from splitserve.kv_transfer.packing import bytes_per_layer_token
 from splitserve.kv_transfer.protocol import KvFrame
 from splitserve.kv_transfer.reshard import Piece, reshard
-from splitserve.kv_transfer.staging import Window, window_share
-
-MIN_FRAME_BYTES = 1 << 20
+from splitserve.kv_transfer.staging import FrameSizes, Window, window_share
 
 
 @dataclass(frozen=True)
@@ -27,12 +25,14 @@ class Region:
     tokens: tuple[int, int]
 
 
-def next_region(cut: Sequence[int], ready: Sequence[int], token_bytes: int, slot_bytes: int) -> Region | None:
+def next_region(
+    cut: Sequence[int], ready: Sequence[int], token_bytes: int, slot_bytes: int, least: int
+) -> Region | None:
     """What to send next, or None while it pays to wait.
 
     `cut` and `ready` say for each layer up to which token it has been cut and computed; `token_bytes` are those of
     one token of one layer. A frame takes the first layer that has something and as many of the next ones as stand
-    at the same token and fit. A small frame waits for the next layer, which is being computed.
+    at the same token and fit. One of fewer bytes than `least` waits for the next layer, which is being computed.
     """
     first = next((layer for layer in range(len(cut)) if cut[layer] < ready[layer]), None)
     if first is None:
@@ -49,7 +49,7 @@ def next_region(cut: Sequence[int], ready: Sequence[int], token_bytes: int, slot
     ):
         last += 1
     next_comes = last < len(cut) and cut[last] == start and ready[last] < stop
-    if next_comes and (last - first) * layer_bytes < min(MIN_FRAME_BYTES, slot_bytes // 2):
+    if next_comes and (last - first) * layer_bytes < min(least, slot_bytes // 2):
         return None
     return Region((first, last), (start, stop))
 
@@ -62,6 +62,7 @@ class Lane:
     target: RankEndpoint
     token_bytes: int
     slot_bytes: int
+    least: int
     free_slots: list[int]
     cut: list[int]
 
@@ -74,7 +75,7 @@ class Lane:
         if not self.free_slots:
             return None
         within = [min(token, self.piece.stop_token) for token in ready]
-        region = next_region(self.cut, within, self.token_bytes, self.slot_bytes)
+        region = next_region(self.cut, within, self.token_bytes, self.slot_bytes, self.least)
         if region is not None:
             for layer in range(*region.layers):
                 self.cut[layer] = region.tokens[1]
@@ -136,15 +137,17 @@ class Outgoing:
         return not self.flights and not self.owes_hand_off and all(lane.is_cut for lane in self.lanes)
 
 
-def build_lanes(ticket: Ticket, source: KvLayout, rank: int, frame_bytes: Callable[[RankEndpoint], int]) -> list[Lane]:
-    """The lanes of source rank `rank`, with frames of at most `frame_bytes`.
+def build_lanes(
+    ticket: Ticket, source: KvLayout, rank: int, frame_sizes: Callable[[RankEndpoint], FrameSizes]
+) -> list[Lane]:
+    """The lanes of source rank `rank`, with frames of `frame_sizes`.
 
     Raises TransferFailed when the ticket does not fit the cache or has no room.
     """
     if len(ticket.endpoints) != ticket.layout.tp:
         raise TransferFailed(f"endpoints: found {len(ticket.endpoints)}; a target of tp={ticket.layout.tp} has as many")
     plan = reshard(source, ticket.layout, ticket.start_token, ticket.num_tokens)
-    return [_lane(ticket, source, plan, piece, frame_bytes) for piece in plan if piece.source_rank == rank]
+    return [_lane(ticket, source, plan, piece, frame_sizes) for piece in plan if piece.source_rank == rank]
 
 
 def _lane(
@@ -152,12 +155,13 @@ def _lane(
     source: KvLayout,
     plan: tuple[Piece, ...],
     piece: Piece,
-    frame_bytes: Callable[[RankEndpoint], int],
+    frame_sizes: Callable[[RankEndpoint], FrameSizes],
 ) -> Lane:
     target = ticket.endpoints[piece.target_rank]
     share = window_share(plan, piece, Window(target.window_offset, target.window_bytes))
     token_bytes = bytes_per_layer_token(source, piece.source_heads)
-    slots = share.slots(token_bytes, frame_bytes(target))
+    sizes = frame_sizes(target)
+    slots = share.slots(token_bytes, sizes)
     if not slots:
         raise TransferFailed(f"window: a source's share has {share.size} bytes; one token of a layer has {token_bytes}")
     return Lane(
@@ -165,6 +169,7 @@ def _lane(
         target=target,
         token_bytes=token_bytes,
         slot_bytes=slots[0].size,
+        least=sizes.least,
         free_slots=[slot.offset for slot in slots],
         cut=[piece.start_token] * source.num_layers,
     )

@@ -16,6 +16,7 @@ import torch
 from splitserve.cluster.channel import Socket
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.messages import RankEndpoint
+from splitserve.kv_transfer.staging import FrameSizes
 from splitserve.kv_transfer.tcp import IDLE_S, TcpReceiver, TcpSender
 from splitserve.kv_transfer.transport import Arrival
 
@@ -38,10 +39,10 @@ class Segment(Protocol):
 
 
 class AttachedSegment(Protocol):
-    """Another process's segment: `bytes` uint8 [its size], of which a frame takes `frame_bytes` at most."""
+    """Another process's segment: `bytes` uint8 [its size], and the sizes of frames that suit it."""
 
     bytes: torch.Tensor
-    frame_bytes: int
+    frame_sizes: FrameSizes
 
     def close(self) -> None:
         """Let go of it, once nothing of this process writes there any more."""
@@ -98,9 +99,9 @@ class HostSender:
         self._control.connect(target)
         self._segment(target)
 
-    def frame_bytes(self, target: RankEndpoint) -> int:
+    def frame_sizes(self, target: RankEndpoint) -> FrameSizes:
         segment = self._segment(target)
-        return self._control.frame_bytes(target) if segment is None else segment.frame_bytes
+        return self._control.frame_sizes(target) if segment is None else segment.frame_sizes
 
     def place(self, target: RankEndpoint, offset: int, size: int) -> torch.Tensor:
         segment = self._segment(target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from splitserve.cluster.channel import Socket
@@ -77,7 +77,7 @@ class KvSender:
         outgoing = Outgoing(
             ticket=ticket,
             table=self._mover.table(pages, ticket.num_tokens),
-            lanes=build_lanes(ticket, self._mover.cache.layout, self._rank, self._transport.frame_bytes),
+            lanes=build_lanes(ticket, self._mover.cache.layout, self._rank, self._transport.frame_sizes),
             ready=[ticket.start_token] * self._mover.cache.layout.num_layers,
             marks=[None] * self._mover.cache.layout.num_layers,
             owes_hand_off=self._rank == 0,
@@ -96,12 +96,15 @@ class KvSender:
         """Give up a ticket that `begin` has not seen: this rank will send nothing."""
         self._tell(ticket, KvDrained(ticket.transfer_id, ticket.epoch, self._rank, reason))
 
-    def ready(self, transfer_id: str, layer: int, stop_token: int) -> None:
-        """The KV of `layer` before `stop_token` lies in the pages, or is launched on its way there, and stays."""
-        outgoing = self._outgoing.get(transfer_id)
-        if outgoing is not None and stop_token > outgoing.ready[layer]:
-            outgoing.ready[layer], outgoing.marks[layer] = stop_token, self._mover.mark()
-            self._progress(outgoing)
+    def ready(self, written: Iterable[tuple[str, int]], layers: Sequence[int]) -> None:
+        """Each (transfer, stop token) of `written`: the KV of `layers` before it is in the pages, or launched to be."""
+        mark = self._mover.mark()
+        for transfer_id, stop_token in written:
+            if (outgoing := self._outgoing.get(transfer_id)) is not None:
+                for layer in layers:
+                    if stop_token > outgoing.ready[layer]:
+                        outgoing.ready[layer], outgoing.marks[layer] = stop_token, mark
+                        self._progress(outgoing)
 
     def finish(self, transfer_id: str, hand_off: HandOff) -> None:
         """Hand over what decode goes on from. Rank 0 owes it for every transfer; other ranks have none."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from splitserve.cluster.errors import InsufficientResources, TransferFailed
-from splitserve.kv_transfer.staging import FRAME_BYTES
+from splitserve.kv_transfer.staging import HOST_FRAMES
 
 FOLDER = Path("/dev/shm")
 _NAME = r"splitserve-{cluster}-(?P<pid>[0-9]+)-[0-9a-f]{{8}}"
@@ -77,7 +77,7 @@ def host_id() -> str:
 class ShmMapping:
     """Another process's segment. Raises TransferFailed when it is not there or not ours."""
 
-    frame_bytes = FRAME_BYTES
+    frame_sizes = HOST_FRAMES
 
     def __init__(self, name: str) -> None:
         if not _ANY_NAME.fullmatch(name):

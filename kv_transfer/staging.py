@@ -15,7 +15,17 @@ from splitserve.kv_transfer.reshard import Piece
 
 ALIGNMENT = 64
 MIN_SLOTS = 4
-FRAME_BYTES = 4 << 20  # in host memory
+
+
+@dataclass(frozen=True)
+class FrameSizes:
+    """Bytes of payloads: what is smaller than `least` waits for more while more is being computed."""
+
+    least: int
+    most: int
+
+
+HOST_FRAMES = FrameSizes(1 << 20, 4 << 20)
 
 
 @dataclass(frozen=True)
@@ -37,10 +47,10 @@ class Window:
         size = _align_down(self.size // count)
         return Window(self.offset + index * size, size)
 
-    def slots(self, smallest: int, largest: int) -> tuple[Window, ...]:
+    def slots(self, smallest: int, sizes: FrameSizes) -> tuple[Window, ...]:
         """Equal parts that take a frame each, of at least `smallest` bytes; none when not even one fits."""
-        size = _align_down(min(self.size // MIN_SLOTS, largest))
-        size = max(size, _align_up(smallest))
+        size = min(max(self.size // MIN_SLOTS, sizes.least), sizes.most, self.size)
+        size = max(_align_down(size), _align_up(smallest))
         return tuple(Window(self.offset + index * size, size) for index in range(self.size // size))
 
 

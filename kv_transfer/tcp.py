@@ -17,7 +17,7 @@ import zmq
 from splitserve.cluster.channel import CurveKeys, Socket, bind, secure
 from splitserve.cluster.errors import StartupError, TransferFailed
 from splitserve.cluster.messages import RankEndpoint
-from splitserve.kv_transfer.staging import FRAME_BYTES
+from splitserve.kv_transfer.staging import HOST_FRAMES, FrameSizes
 from splitserve.kv_transfer.transport import Arrival
 
 QUEUE_MESSAGES = 256
@@ -79,8 +79,8 @@ class TcpSender:
     def connect(self, target: RankEndpoint) -> None:
         self._link(target.address)
 
-    def frame_bytes(self, target: RankEndpoint) -> int:
-        return FRAME_BYTES
+    def frame_sizes(self, target: RankEndpoint) -> FrameSizes:
+        return HOST_FRAMES
 
     def place(self, target: RankEndpoint, offset: int, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8)
@@ -130,7 +130,7 @@ def _socket(kind: int, keys: CurveKeys | None, *, server: bool) -> Socket:
     socket: Socket = zmq.Context.instance().socket(kind)
     secure(socket, keys, server=server)
     # Payloads queue here, so bounds are tighter than for other messages. What does not fit is lost, and sent again.
-    socket.setsockopt(zmq.MAXMSGSIZE, 2 * FRAME_BYTES)
+    socket.setsockopt(zmq.MAXMSGSIZE, 2 * HOST_FRAMES.most)
     socket.setsockopt(zmq.SNDHWM, QUEUE_MESSAGES)
     socket.setsockopt(zmq.RCVHWM, QUEUE_MESSAGES)
     return socket

@@ -13,6 +13,7 @@ import torch
 
 from splitserve.cluster.channel import Socket
 from splitserve.cluster.messages import RankEndpoint
+from splitserve.kv_transfer.staging import FrameSizes
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class SenderTransport(Protocol):
     def connect(self, target: RankEndpoint) -> None:
         """Prepare to send to `target`. Raises TransferFailed when its address or staging cannot be used."""
 
-    def frame_bytes(self, target: RankEndpoint) -> int:
-        """The most that a payload for `target` should take. Raises as `connect` does."""
+    def frame_sizes(self, target: RankEndpoint) -> FrameSizes:
+        """What payloads for `target` should take. Raises as `connect` does."""
 
     def place(self, target: RankEndpoint, offset: int, size: int) -> torch.Tensor:
         """Where to pack `size` bytes meant for `offset` of the target's staging: uint8, on a GPU if that is there.

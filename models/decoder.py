@@ -93,20 +93,21 @@ class Decoder:
         kv_cache: Sequence[torch.Tensor],
         sequences: Sequences,
         slot_mapping: torch.Tensor,
-        on_layer: Callable[[int], None] | None = None,
+        on_layers: Callable[[range], None] | None = None,
     ) -> torch.Tensor:
         """Run packed tokens and write their KV; returns the normalised hidden states [tokens, hidden].
 
         `token_ids`, `positions` and `slot_mapping` (page * page_size + offset) are int64 [tokens]; `kv_cache` is one
-        tensor [planes, pages, kv_heads, page_size, dim] a layer. `on_layer(i)` is called once layer i's KV is written.
+        tensor [planes, pages, kv_heads, page_size, dim] a layer. `on_layers` is called when a range of
+        layers has written its KV.
         """
         angles = self._rope.at(positions)
         residual = self._embedding(token_ids)
         normed = rms_norm(residual, self._layers[0].input_norm, self._eps)
         for index, (layer, cache_layer) in enumerate(zip(self._layers, kv_cache, strict=True)):
             q = layer.attention.project(normed, angles, cache_layer, slot_mapping, sequences)
-            if on_layer:
-                on_layer(index)
+            if on_layers:
+                on_layers(range(index, index + 1))
             attended = layer.attention.attend(q, cache_layer, sequences)
             normed, residual = add_rms_norm(attended, residual, layer.mlp_norm, self._eps)
             normed, residual = add_rms_norm(layer.mlp(normed, sequences), residual, self._norm_after(index), self._eps)

@@ -146,16 +146,14 @@ class SendService:
             self._sender.decline(ticket, str(error))
             self._reports.append(SendOver(ticket.transfer_id, str(error)))
             return
-        for layer in range(ticket.layout.num_layers):
-            self._sender.ready(ticket.transfer_id, layer, command.cached_tokens)
+        self._sender.ready([(ticket.transfer_id, command.cached_tokens)], range(ticket.layout.num_layers))
 
     def _run(self, command: RunAndSend) -> object:
-        def layer_written(layer: int) -> None:
-            for transfer_id, stop_token in command.written:
-                self._sender.ready(transfer_id, layer, stop_token)
+        def layers_written(layers: range) -> None:
+            self._sender.ready(command.written, layers)
             self._pump()
 
-        return self._runner.run(command.batch, layer_written)
+        return self._runner.run(command.batch, layers_written)
 
     def _pump(self) -> None:
         for event in self._sender.pump():

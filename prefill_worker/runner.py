@@ -57,18 +57,18 @@ class PrefillRunner(ModelRunner):
             self._capture(graph_tokens)
 
     @torch.inference_mode()
-    def run(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
-        """As `ModelRunner.run`; with a graph, `on_layer` is called for all layers after it."""
+    def run(self, batch: Batch, on_layers: Callable[[range], None] | None = None) -> torch.Tensor:
+        """As `ModelRunner.run`; with a graph, `on_layers` is called once, for all layers."""
         packed = pack_batch(batch, self.cache.layout.page_size)
         graph = next((graph for graph in self._graphs if graph.sizes.hold(packed.sizes)), None)
         if graph is None:
             buffer = packed.buffer(packed.sizes, pinned=self._device.type == "cuda").to(self._device, non_blocking=True)
             tensors = DeviceBatch.of(buffer, packed.sizes)
-            hidden = forward(self.model, self.cache, tensors, on_layer)
+            hidden = forward(self.model, self.cache, tensors, on_layers)
         else:
             tensors, hidden = graph.batch, graph.replay(packed)
-            for layer in range(len(self.cache.layers) if on_layer else 0):
-                on_layer(layer)  # type: ignore[misc]
+            if on_layers:
+                on_layers(range(len(self.cache.layers)))
         if not packed.num_logits:
             return hidden.new_empty((0, 0), dtype=torch.float32)
         return self.model.logits(hidden[tensors.logit_rows[: packed.num_logits]])
@@ -110,13 +110,13 @@ class PrefillGraph:
         with torch.cuda.stream(stream):
             forward(model, cache, self.batch)  # compiles kernels, which a capture cannot
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self._graph, pool=pool):
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._hidden = forward(model, cache, self.batch)
 
 
 def forward(
-    model: Decoder, cache: KvCache, batch: DeviceBatch, on_layer: Callable[[int], None] | None = None
+    model: Decoder, cache: KvCache, batch: DeviceBatch, on_layers: Callable[[range], None] | None = None
 ) -> torch.Tensor:
     """Hidden states [tokens, hidden]."""
     sequences = PackedSequences(batch)
-    return model.forward(batch.token_ids, batch.positions, cache.layers, sequences, batch.slots, on_layer)
+    return model.forward(batch.token_ids, batch.positions, cache.layers, sequences, batch.slots, on_layers)

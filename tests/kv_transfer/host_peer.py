@@ -44,8 +44,7 @@ def send(share: float, devices: list[str], packed: bytes) -> None:
         senders.append(rank_sender(cache, rank))
     for sender in senders:
         sender.begin(ticket, SOURCE_PAGES)
-        for layer in range(source.num_layers):
-            sender.ready(ticket.transfer_id, layer, int(TOKENS * share))
+        sender.ready([(ticket.transfer_id, int(TOKENS * share))], range(source.num_layers))
     if share < 1:
         pump(senders, seconds=0.5)
         print("half", flush=True)

@@ -217,7 +217,7 @@ class Pair:
     def all_ready(self, ticket: Ticket) -> None:
         for sender in self.senders:
             for layer in range(self.source.num_layers):
-                sender.ready(ticket.transfer_id, layer, ticket.num_tokens)
+                sender.ready([(ticket.transfer_id, ticket.num_tokens)], [layer])
         self.senders[0].finish(ticket.transfer_id, HAND_OFF)
 
     def step(self, seconds: float = 0.01) -> tuple[list[list[SenderEvent]], list[list[ReceiverEvent]]]:

@@ -148,10 +148,10 @@ class Chaos:
         sender = self.pair.senders[rank]
         for name in sender.active:
             tokens = self.live[name].ticket.num_tokens if name in self.live else 0
-            sender.ready(name, self.rng.randrange(2), self.rng.randint(0, tokens))
+            sender.ready([(name, self.rng.randint(0, tokens))], [self.rng.randrange(2)])
             if self.rng.random() < 0.3:
-                sender.ready(name, 0, tokens)
-                sender.ready(name, 1, tokens)
+                sender.ready([(name, tokens)], [0])
+                sender.ready([(name, tokens)], [1])
                 if rank == 0:
                     sender.finish(name, HAND_OFF)
 

@@ -33,7 +33,7 @@ from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.segments import HostSender, SegmentReceiver, Unreachable
 from splitserve.kv_transfer.sender import KvSender
 from splitserve.kv_transfer.shm import FOLDER, ShmMapping, ShmSegment, host_id, sweep
-from splitserve.kv_transfer.staging import FRAME_BYTES
+from splitserve.kv_transfer.staging import HOST_FRAMES, FrameSizes
 from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender
 from tests.kv_transfer.ranks import (
     HAND_OFF,
@@ -134,8 +134,7 @@ def test_pages_arrive_bit_for_bit(
         sender = prefill_sender(open_ends, cache, rank, keys)
         senders.append(sender)
         sender.begin(ticket, SOURCE_PAGES)
-        for layer in range(source.num_layers):
-            sender.ready("r/0", layer, TOKENS)
+        sender.ready([("r/0", TOKENS)], range(source.num_layers))
     senders[0].finish("r/0", HAND_OFF)
     for decode in ranks:
         decode.open(ticket, source, TARGET_PAGES)
@@ -249,8 +248,7 @@ def test_a_window_beyond_the_segment_ends_the_transfer(open_ends: ExitStack) -> 
     beyond = replace(decode.endpoint, window_offset=STAGING_BYTES)
     sender = prefill_sender(open_ends)
     sender.begin(Ticket("r/0", 1, TARGET, 0, TOKENS, 5.0, (beyond,)), SOURCE_PAGES)
-    for layer in range(SOURCE.num_layers):
-        sender.ready("r/0", layer, TOKENS)
+    sender.ready([("r/0", TOKENS)], range(SOURCE.num_layers))
     (event,) = sender.pump()
     assert isinstance(event, SendFailed)
     assert f"has {STAGING_BYTES} bytes; a frame ends at" in event.reason
@@ -285,7 +283,7 @@ class Somewhere:
     """A segment that a test lends to a sender."""
 
     def __init__(self, name: str) -> None:
-        self.bytes, self.frame_bytes, self.closed = torch.zeros(4096, dtype=torch.uint8), 1024, False
+        self.bytes, self.frame_sizes, self.closed = torch.zeros(4096, dtype=torch.uint8), FrameSizes(64, 1024), False
 
     def close(self) -> None:
         self.closed = True
@@ -307,7 +305,7 @@ def test_a_segment_without_a_way_to_it_gets_its_payload_over_tcp(open_ends: Exit
     open_ends.callback(sender.close)
     target = on_a_gpu(decode)
     sender.connect(target)
-    assert sender.frame_bytes(target) == FRAME_BYTES
+    assert sender.frame_sizes(target) == HOST_FRAMES
     sender.send(target, b"header", sender.place(target, 0, 64).fill_(5))
     transport = decode.receiver._transport
     while not (arrivals := transport.receive(1)):
@@ -327,7 +325,7 @@ def test_a_segment_is_let_go_of_when_it_was_idle(open_ends: ExitStack) -> None:
     sender = HostSender(TcpSender(lambda: now), host_id(), {"cuda_ipc": lend}, lambda: now)
     open_ends.callback(sender.close)
     sender.connect(target)
-    assert sender.frame_bytes(target) == 1024
+    assert sender.frame_sizes(target) == FrameSizes(64, 1024)
     now = 50.0
     sender.place(target, 0, 64).fill_(5)
     now = 70.0

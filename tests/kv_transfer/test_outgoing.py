@@ -6,33 +6,33 @@ import pytest
 
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.messages import RankEndpoint, Ticket
-from splitserve.kv_transfer.outgoing import MIN_FRAME_BYTES, Region, build_lanes, next_region
-from splitserve.kv_transfer.staging import FRAME_BYTES, MIN_SLOTS, Window, WindowAllocator, window_size
+from splitserve.kv_transfer.outgoing import Region, build_lanes, next_region
+from splitserve.kv_transfer.staging import HOST_FRAMES, MIN_SLOTS, FrameSizes, Window, WindowAllocator, window_size
 from tests.kv_transfer.ranks import layout
 
-BIG = MIN_FRAME_BYTES
+BIG = HOST_FRAMES.least
 
 
 def test_a_frame_takes_all_layers_that_stand_alike_and_fit() -> None:
-    assert next_region([0, 0, 0], [8, 8, 8], 4, 64) == Region((0, 2), (0, 8))
-    assert next_region([8, 8, 0], [8, 8, 8], 4, 64) == Region((2, 3), (0, 8))
+    assert next_region([0, 0, 0], [8, 8, 8], 4, 64, BIG) == Region((0, 2), (0, 8))
+    assert next_region([8, 8, 0], [8, 8, 8], 4, 64, BIG) == Region((2, 3), (0, 8))
 
 
 def test_a_long_chunk_is_cut_at_the_slot() -> None:
-    assert next_region([0, 0], [100, 100], 4, 64) == Region((0, 1), (0, 16))
+    assert next_region([0, 0], [100, 100], 4, 64, BIG) == Region((0, 1), (0, 16))
 
 
 def test_a_small_frame_waits_for_the_layer_that_comes_next() -> None:
-    assert next_region([0, 0, 0], [8, 8, 0], 4, BIG) is None
-    assert next_region([0, 0, 0], [8, 8, 8], 4, BIG) == Region((0, 3), (0, 8))
+    assert next_region([0, 0, 0], [8, 8, 0], 4, BIG, BIG) is None
+    assert next_region([0, 0, 0], [8, 8, 8], 4, BIG, BIG) == Region((0, 3), (0, 8))
 
 
 def test_a_big_frame_does_not_wait() -> None:
-    assert next_region([0, 0], [8, 0], BIG // 8, 4 * BIG) == Region((0, 1), (0, 8))
+    assert next_region([0, 0], [8, 0], BIG // 8, 4 * BIG, BIG) == Region((0, 1), (0, 8))
 
 
 def test_nothing_ready_is_nothing_to_send() -> None:
-    assert next_region([4, 4], [4, 4], 4, 64) is None
+    assert next_region([4, 4], [4, 4], 4, 64, BIG) is None
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -44,13 +44,13 @@ def test_cutting_covers_everything_once_and_never_stalls(seed: int) -> None:
     for stop in [*range(chunk, tokens, chunk), tokens]:
         for layer in range(layers):
             ready[layer] = stop
-            while rng.random() < 0.7 and (region := next_region(cut, ready, token_bytes, slot)):
+            while rng.random() < 0.7 and (region := next_region(cut, ready, token_bytes, slot, BIG)):
                 (first, last), (start, end) = region.layers, region.tokens
                 assert cut[first:last] == [start] * (last - first)
                 assert start < end <= min(ready[first:last])
                 assert (last - first) * (end - start) * token_bytes <= slot
                 cut[first:last] = [end] * (last - first)
-    while region := next_region(cut, ready, token_bytes, slot):
+    while region := next_region(cut, ready, token_bytes, slot, BIG):
         cut[slice(*region.layers)] = [region.tokens[1]] * (region.layers[1] - region.layers[0])
     assert cut == [tokens] * layers
 
@@ -62,12 +62,12 @@ def ticket(window_bytes: int, endpoints: int = 1) -> Ticket:
 
 def test_a_window_without_room_for_a_token_is_refused() -> None:
     with pytest.raises(TransferFailed, match="share has 64 bytes; one token of a layer has 128"):
-        build_lanes(ticket(64), layout(1), 0, lambda target: FRAME_BYTES)
+        build_lanes(ticket(64), layout(1), 0, lambda target: HOST_FRAMES)
 
 
 def test_endpoints_must_match_the_layout() -> None:
     with pytest.raises(TransferFailed, match="endpoints: found 3"):
-        build_lanes(ticket(4096, endpoints=3), layout(1), 0, lambda target: FRAME_BYTES)
+        build_lanes(ticket(4096, endpoints=3), layout(1), 0, lambda target: HOST_FRAMES)
 
 
 @pytest.mark.parametrize("limit", [1, 1000, 1 << 20])
@@ -76,9 +76,18 @@ def test_a_window_of_the_advised_size_always_works(limit: int, source_tp: int) -
     target, source = layout(1), layout(source_tp)
     size = window_size(target, 8, source_tp, limit)
     for rank in range(source_tp):
-        (lane,) = build_lanes(ticket(size), source, rank, lambda target: FRAME_BYTES)
+        (lane,) = build_lanes(ticket(size), source, rank, lambda target: FrameSizes(0, 4 << 20))
         assert lane.slot_bytes >= lane.token_bytes
         assert limit < 1 << 20 or len(lane.free_slots) >= MIN_SLOTS
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "slots"),
+    [(0, 1 << 20, 4), (512, 1 << 20, 4), (1500, 1 << 20, 2), (1 << 20, 1 << 20, 1), (0, 300, 12)],
+)
+def test_slots_follow_the_sizes_of_frames(least: int, most: int, slots: int) -> None:
+    (lane,) = build_lanes(ticket(3072), layout(1), 0, lambda target: FrameSizes(least, most))
+    assert len(lane.free_slots) == slots
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -104,7 +104,7 @@ def test_layers_stream_while_prefill_computes() -> None:
     sender, cache = pair.senders[0], pair.target_caches[0]
     for stop in (10, 20, 23):
         for layer in range(3):
-            sender.ready("r/0", layer, stop)
+            sender.ready([("r/0", stop)], [layer])
             for _ in range(5):
                 assert pair.step() == ([[]], [[]])
         written = [(tensor != -7.0).any(dim=(0, 2, 4)).sum().item() for tensor in cache.layers]
@@ -147,7 +147,7 @@ def test_the_hand_off_alone_is_a_transfer() -> None:
 def test_a_transfer_is_not_complete_without_its_hand_off() -> None:
     pair, _ = started()
     for layer in range(3):
-        pair.senders[0].ready("r/0", layer, 23)
+        pair.senders[0].ready([("r/0", 23)], [layer])
     for _ in range(50):
         assert pair.step() == ([[]], [[]])
     assert pair.receivers[0].resident == {"r/0": TransferState.SENDING}
@@ -183,7 +183,7 @@ def test_two_transfers_share_the_ranks() -> None:
 
 def test_a_receiver_that_aborts_stops_the_sender_and_gets_its_window_back() -> None:
     pair, _ = started()
-    pair.senders[0].ready("r/0", 0, 23)
+    pair.senders[0].ready([("r/0", 23)], [0])
     pair.step()
     pair.receivers[0].abort("r/0", "cancelled by its client")
     assert pair.receivers[0].poll() == [ReceiveFailed("r/0", "cancelled by its client")]
@@ -282,7 +282,7 @@ def test_a_slow_prefill_keeps_its_lease_while_it_moves() -> None:
     pair, _ = started(lease_s=8.0)
     for token in range(1, 24):
         for layer in range(3):
-            pair.senders[0].ready("r/0", layer, token)
+            pair.senders[0].ready([("r/0", token)], [layer])
         for _ in range(3):
             assert pair.step(2.0) == ([[]], [[]])
     pair.senders[0].finish("r/0", HAND_OFF)
@@ -301,7 +301,7 @@ def test_a_receiver_that_falls_silent_costs_the_sender_a_lease() -> None:
     pair, _ = started(lease_s=8.0)
     sender = pair.senders[0]
     for layer in range(3):
-        sender.ready("r/0", layer, 23)
+        sender.ready([("r/0", 23)], [layer])
     events = []
     for _ in range(9):
         pair.clock.now += 1.0
@@ -313,7 +313,7 @@ def test_a_receiver_that_falls_silent_costs_the_sender_a_lease() -> None:
 def test_a_receiver_that_never_takes_the_hand_off_costs_the_sender_a_lease() -> None:
     pair, ticket = started(lease_s=8.0)
     for layer in range(3):
-        pair.senders[0].ready("r/0", layer, 23)
+        pair.senders[0].ready([("r/0", 23)], [layer])
     for _ in range(50):
         assert pair.step() == ([[]], [[]])
     pair.senders[0].finish(ticket.transfer_id, HAND_OFF)
@@ -341,7 +341,7 @@ def test_only_a_verified_transfer_commits() -> None:
 
 def test_calls_about_unknown_transfers_change_nothing() -> None:
     pair, _ = started()
-    pair.senders[0].ready("x/0", 0, 5)
+    pair.senders[0].ready([("x/0", 5)], [0])
     pair.senders[0].finish("x/0", HAND_OFF)
     pair.senders[0].abort("x/0", "never was")
     pair.receivers[0].abort("x/0", "never was")

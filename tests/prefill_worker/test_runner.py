@@ -77,7 +77,7 @@ def check(pair: tuple[ModelRunner, PrefillRunner], batches: list[Batch]) -> None
     distances = []
     for batch in batches:
         layers: list[int] = []
-        logits, expected = runner.run(batch, layers.append), expected_runner.run(batch)
+        logits, expected = runner.run(batch, layers.extend), expected_runner.run(batch)
         assert layers == list(range(len(runner.cache.layers)))
         assert logits.shape == expected.shape
         if not logits.numel():
