@@ -223,7 +223,8 @@ class KvTransfer(_Section):
         description="within a host, auto is cuda_ipc between GPUs and shared memory otherwise; between hosts, TCP",
     )
     host_tier: Bytes = Field(
-        default=512 * 2**20, description="host memory of a decode rank for KV of preempted sequences"
+        default=512 * 2**20,
+        description="host memory of a rank for KV of preempted sequences, and of cached prefixes that had to leave",
     )
     staging: Bytes | None = Field(
         default=None,

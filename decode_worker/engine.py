@@ -95,7 +95,7 @@ class DecodeEngine:
         self._ranks, self._steps, self._blocks, self._inlet = ranks, steps, blocks, inlet
         self._limits, self._send, self._clock = limits, send, clock
         self._requests: dict[str, _Request] = {}
-        self._slots = Slots(ranks, blocks, limits.slots)
+        self._slots = Slots(blocks, limits.slots)
 
     def handle(self, router: bytes, item: object) -> None:
         match item:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 
 from splitserve.engine.block_manager import BlockManager
-from splitserve.engine.ranks import DropParked, ParkPages, Ranks, RestorePages
 from splitserve.engine.sequence import Sequence
 
 
@@ -16,11 +15,12 @@ class Slots:
     and come back, unchanged, before anything that joined after it runs.
     """
 
-    def __init__(self, ranks: Ranks, blocks: BlockManager, slots: int) -> None:
-        self._ranks, self._blocks, self._slots = ranks, blocks, slots
+    def __init__(self, blocks: BlockManager, slots: int) -> None:
+        self._blocks, self._slots = blocks, slots
         self._running: list[Sequence] = []
         self._ready: deque[Sequence] = deque()
         self._parked: deque[Sequence] = deque()
+        self._places: dict[Sequence, list[int]] = {}
         self.preemptions = 0
 
     @property
@@ -42,7 +42,7 @@ class Slots:
         """Forget a sequence wherever it is and free its pages."""
         if sequence in self._parked:
             self._parked.remove(sequence)
-            self._ranks.execute(DropParked(_key(sequence)))
+            self._blocks.host.drop(self._places.pop(sequence))
             return
         (self._running if sequence in self._running else self._ready).remove(sequence)
         assert sequence.table is not None
@@ -74,8 +74,10 @@ class Slots:
     def _park(self, sequence: Sequence) -> bool:
         assert sequence.table is not None
         written = sequence.table.pages[: self._blocks.pages_for(sequence.computed_tokens)]
-        if not self._ranks.execute(ParkPages(_key(sequence), written)):
+        places = self._blocks.host.park(written)
+        if places is None:
             return False
+        self._places[sequence] = places
         self._blocks.free(sequence.table)
         self._running.remove(sequence)
         self._parked.appendleft(sequence)
@@ -89,10 +91,6 @@ class Slots:
         written = sequence.token_ids[: sequence.computed_tokens]
         table = self._blocks.allocate(written, sequence.extra_keys, max_cached_tokens=0)
         assert table is not None
-        self._ranks.execute(RestorePages(_key(sequence), table.pages))
+        self._blocks.host.unpark(self._places.pop(sequence), table.pages)
         sequence.table = table
         return True
-
-
-def _key(sequence: Sequence) -> str:
-    return f"{sequence.request_id}/{sequence.attempt}/{sequence.sample}"

@@ -21,8 +21,7 @@ from splitserve.deploy.colocated import ColocatedEngine, LocalInlet, LocalOutlet
 from splitserve.deploy.loading import LoadedRank
 from splitserve.engine.block_manager import BlockManager
 from splitserve.engine.device_sampler import DeviceSampler, HostSampler
-from splitserve.engine.parking import HostTier
-from splitserve.engine.ranks import ParkingService, Ranks, RankService
+from splitserve.engine.ranks import Ranks, RankService
 from splitserve.engine.runner import ModelRunner
 from splitserve.engine.serving import Engine, Send
 from splitserve.kv_transfer.cuda_ipc import CudaMapping, CudaSegment
@@ -67,7 +66,7 @@ def rank_parts(spec: RankSpec, loaded: LoadedRank) -> RankParts:
     runner = loaded.runner
     if spec.role == "prefill":
         return _prefill_rank(spec, runner)
-    services: tuple[RankService, ...] = (ParkingService(runner, HostTier(spec.topology.kv_transfer.host_tier)),)
+    services: tuple[RankService, ...] = ()
     if spec.device != "cpu":
         capacities, context = spec.topology.decode.graph_capacities, spec.topology.model.context
         services += (DecodeLoop(runner.model, loaded.config, runner.cache, capacities, context),)
@@ -79,7 +78,8 @@ def rank_parts(spec: RankSpec, loaded: LoadedRank) -> RankParts:
 def build_engine(leader: Leader) -> Engine:
     """The engine of `leader`'s role."""
     pool = leader.spec.topology.pool(leader.spec.role)
-    blocks = BlockManager(leader.loaded.runner.cache.num_pages, pool.page_size, pool.prefix_cache)
+    host = leader.ranks.host_pages(leader.layout, leader.spec.topology.kv_transfer.host_tier)
+    blocks = BlockManager(leader.loaded.runner.cache.num_pages, pool.page_size, pool.prefix_cache, host)
     lease_s = leader.spec.topology.kv_transfer.lease_s
     if leader.spec.role == "prefill":
         return _prefill_engine(leader, blocks, SendOutlet(leader.ranks, blocks))

@@ -4,6 +4,7 @@
       ^                                 |                                   |        ^
       +------------ free ---------------+                                  free      | prefix hit
       +------------ evicted, least recently used first ------------- idle <-+--------+
+                             `--> host memory, where there is room, and back on a hit
 
 A page's hash covers its tokens and everything before them, chained page by page from a root that covers the extra
 keys (an adapter's name, an image's content hash), so equal hashes mean equal KV. Only full pages have one, and only
@@ -14,9 +15,11 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+
+from splitserve.engine.host_pages import HostPages
 
 DIGEST_BYTES = 16
 
@@ -36,13 +39,19 @@ class BlockTable:
 
 
 class BlockManager:
-    """Hands out `num_pages` pages of `page_size` tokens, shares full ones by refcount, and reuses cached prefixes."""
+    """Hands out `num_pages` pages of `page_size` tokens, shares full ones by refcount, and reuses cached prefixes.
 
-    def __init__(self, num_pages: int, page_size: int, prefix_cache: bool = True) -> None:
+    Cached pages that are handed out for something else are saved to `host` before, and loaded from there on a hit.
+    """
+
+    def __init__(
+        self, num_pages: int, page_size: int, prefix_cache: bool = True, host: HostPages | None = None
+    ) -> None:
         if num_pages < 1 or page_size < 1:
             raise ValueError(f"need at least one page of one token, found {num_pages} pages of {page_size}")
         self.num_pages = num_pages
         self.page_size = page_size
+        self.host = host or HostPages(0, lambda saves, loads: None)
         self._prefix_cache = prefix_cache
         self._refcounts = [0] * num_pages
         self._blank = list(range(num_pages - 1, -1, -1))
@@ -74,13 +83,16 @@ class BlockManager:
         limit = len(token_ids) - 1 if max_cached_tokens is None else min(max_cached_tokens, len(token_ids) - 1)
         table = BlockTable([], 0, [], _root_digest(extra_keys))
         hits = self._match(table, token_ids, limit // self.page_size) if self._prefix_cache else []
-        idle_hits = sum(self._refcounts[page] == 0 for page in hits)
-        missing = self.pages_for(len(token_ids)) - len(hits)
-        if missing > self.free_pages - idle_hits:
+        shared = [page for page, _ in hits if page is not None]
+        missing = self.pages_for(len(token_ids)) - len(shared)
+        if missing > self.free_pages - sum(self._refcounts[page] == 0 for page in shared):
             return None
-        for page in hits:
+        for page in shared:
             self._share(page)
-        table.pages = hits + [self._take() for _ in range(missing)]
+        taken = iter(self._take(missing, spared={place for _, place in hits if place is not None}))
+        table.pages = [next(taken) if page is None else page for page, _ in hits]
+        self._load([(place, index) for index, (_, place) in enumerate(hits) if place is not None], table)
+        table.pages += taken
         table.cached_tokens = len(hits) * self.page_size
         return table
 
@@ -90,7 +102,7 @@ class BlockManager:
         missing = self.pages_for(num_tokens) - len(table.pages)
         if missing > self.free_pages:
             return False
-        table.pages.extend(self._take() for _ in range(missing))
+        table.pages += self._take(missing)
         return True
 
     def publish(self, table: BlockTable, token_ids: Sequence[int], computed_tokens: int) -> None:
@@ -105,8 +117,7 @@ class BlockManager:
             table.digests.append(digest)
             page = table.pages[index]
             if digest not in self._page_of:
-                self._page_of[digest] = page
-                self._digest_of[page] = digest
+                self._name(page, digest)
 
     def fork(self, table: BlockTable, num_tokens: int) -> tuple[BlockTable, list[tuple[int, int]]] | None:
         """A second owner of the first `num_tokens` tokens; None when there is no room.
@@ -125,7 +136,7 @@ class BlockManager:
             self._share(page)
         if not partial:
             return child, []
-        child.pages.append(self._take())
+        child.pages += self._take(1)
         return child, [(table.pages[full], child.pages[full])]
 
     def free(self, table: BlockTable) -> None:
@@ -143,16 +154,31 @@ class BlockManager:
                 self._blank.append(page)
         table.pages = []
 
-    def _match(self, table: BlockTable, token_ids: Sequence[int], max_pages: int) -> list[int]:
-        hits: list[int] = []
+    def _match(
+        self, table: BlockTable, token_ids: Sequence[int], max_pages: int
+    ) -> list[tuple[int | None, int | None]]:
+        """The leading pages that are cached: each one's number, or else its place in host memory."""
+        hits: list[tuple[int | None, int | None]] = []
         for index in range(max_pages):
             digest = self._page_digest(table, token_ids, index)
             page = self._page_of.get(digest)
-            if page is None:
+            place = self.host.find(digest) if page is None else None
+            if page is None and place is None:
                 break
             table.digests.append(digest)
-            hits.append(page)
+            hits.append((page, place))
         return hits
+
+    def _load(self, found: list[tuple[int, int]], table: BlockTable) -> None:
+        """Fill pages of `table` from host memory: for each (place, index) the page of that index."""
+        for _, index in found:
+            self._name(table.pages[index], table.digests[index])
+        if found:
+            self.host.move((), [(place, table.pages[index]) for place, index in found])
+
+    def _name(self, page: int, digest: bytes) -> None:
+        self._page_of[digest] = page
+        self._digest_of[page] = digest
 
     def _page_digest(self, table: BlockTable, token_ids: Sequence[int], index: int) -> bytes:
         parent = table.digests[index - 1] if index else table.root
@@ -163,14 +189,23 @@ class BlockManager:
         self._idle.pop(page, None)
         self._refcounts[page] += 1
 
-    def _take(self) -> int:
-        if self._blank:
-            page = self._blank.pop()
-        else:
-            page, _ = self._idle.popitem(last=False)
-            del self._page_of[self._digest_of.pop(page)]
-        self._refcounts[page] = 1
-        return page
+    def _take(self, count: int, spared: Collection[int] = ()) -> list[int]:
+        """`count` pages for a first owner. Cached ones among them go to host memory, but not to the places `spared`."""
+        pages, saves = [], []
+        for _ in range(count):
+            if self._blank:
+                page = self._blank.pop()
+            else:
+                page, _ = self._idle.popitem(last=False)
+                digest = self._digest_of.pop(page)
+                del self._page_of[digest]
+                if (place := self.host.keep(digest, spared)) is not None:
+                    saves.append((page, place))
+            self._refcounts[page] = 1
+            pages.append(page)
+        if saves:
+            self.host.move(saves, ())
+        return pages
 
     def _check_live(self, table: BlockTable) -> None:
         if table.freed:

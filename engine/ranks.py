@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from splitserve.cluster.channel import Socket
 from splitserve.cluster.codec import message
 from splitserve.cluster.errors import ProtocolError
+from splitserve.cluster.layout import KvLayout
 from splitserve.engine.batch import Batch
 from splitserve.engine.group import LeaderLink
-from splitserve.engine.parking import HostTier
+from splitserve.engine.host_pages import HostPages, Pairs
+from splitserve.engine.host_tier import HostTier
+from splitserve.engine.kv_cache import pages_for_budget
 from splitserve.engine.runner import ModelRunner
 
 Handlers = dict[type, Callable[[Any], Any]]
@@ -34,24 +37,11 @@ class CopyPages:
 
 @message
 @dataclass(frozen=True)
-class ParkPages:
-    """Copy pages to host memory under `key`. The result is False when the host tier is full."""
+class MovePages:
+    """Save each (page, place) to the host tier, in order, and then load each (place, page) from there."""
 
-    key: str
-    pages: list[int]
-
-
-@message
-@dataclass(frozen=True)
-class RestorePages:
-    key: str
-    pages: list[int]
-
-
-@message
-@dataclass(frozen=True)
-class DropParked:
-    key: str
+    saves: tuple[tuple[int, int], ...]
+    loads: tuple[tuple[int, int], ...]
 
 
 class RankService(Protocol):
@@ -75,10 +65,11 @@ class Rank:
     """What one rank does for its engine."""
 
     def __init__(self, runner: ModelRunner, *services: RankService) -> None:
-        self._services = services
+        self._services, tier = services, HostTier(runner.cache)
         self._handlers: Handlers = {
             RunBatch: lambda command: runner.run(command.batch),
             CopyPages: lambda command: runner.copy_pages(command.pairs),
+            MovePages: lambda command: tier.move(command.saves, command.loads),
         }
         for service in services:
             self._handlers |= service.handlers
@@ -101,24 +92,6 @@ class Rank:
         return [report for service in self._services for report in service.poll()]
 
 
-class ParkingService:
-    """Preempted KV in host memory."""
-
-    sockets: ClassVar[list[Socket]] = []
-    busy: ClassVar[bool] = False
-
-    def __init__(self, runner: ModelRunner, host_tier: HostTier) -> None:
-        cache = runner.cache
-        self.handlers: Handlers = {
-            ParkPages: lambda command: host_tier.park(command.key, cache, command.pages),
-            RestorePages: lambda command: host_tier.restore(command.key, cache, command.pages),
-            DropParked: lambda command: host_tier.drop(command.key),
-        }
-
-    def poll(self) -> list[object]:
-        return []
-
-
 class Ranks:
     """The leader's handle on all ranks of its engine, itself included."""
 
@@ -132,6 +105,14 @@ class Ranks:
         if self._link is not None:
             self._link.send(command)
         return self._local.execute(command)
+
+    def host_pages(self, layout: KvLayout, budget_bytes: int) -> HostPages:
+        """Places of pages in host memory, as many on every rank as a rank's `budget_bytes` hold."""
+
+        def move(saves: Pairs, loads: Pairs) -> None:
+            self.execute(MovePages(tuple(saves), tuple(loads)))
+
+        return HostPages(pages_for_budget(layout, budget_bytes), move)
 
     @property
     def sockets(self) -> list[Socket]:

@@ -33,8 +33,7 @@ from splitserve.deploy.colocated import ColocatedEngine, LocalInlet, LocalOutlet
 from splitserve.engine.block_manager import BlockManager
 from splitserve.engine.device_sampler import DeviceSampler, HostSampler, TokenChooser
 from splitserve.engine.kv_cache import TORCH_DTYPES, KvCache
-from splitserve.engine.parking import HostTier
-from splitserve.engine.ranks import ParkingService, Rank, Ranks, RankService
+from splitserve.engine.ranks import Rank, Ranks, RankService
 from splitserve.engine.runner import ModelRunner
 from splitserve.engine.sequence import ModelLimits
 from splitserve.kv_transfer.memory import Faults, MemoryNetwork, MemoryReceiver, MemorySender
@@ -166,21 +165,21 @@ class InProcessCluster:
         endpoint = RankEndpoint("decode", "memory", "", "", 0, 0)
         self.staging = WindowAllocator(STAGING_BYTES)
         inlet = ReceiveInlet(decode_ranks, self.layout, [endpoint], self.staging, settings.lease_s)
-        self.blocks = [self._block_manager(), self._block_manager()]
+        self.blocks = [self._block_manager(prefill_ranks), self._block_manager(decode_ranks)]
         prefill = self._prefill_engine(prefill_ranks, self.blocks[0], SendOutlet(prefill_ranks, self.blocks[0]))
         return [prefill, self._decode_engine(decode_ranks, self.blocks[1], inlet)]
 
     def _colocated(self) -> list[Any]:
         runner = self._runner()
         ranks = Ranks(Rank(runner, *self._decode_services(runner)))
-        self.blocks = [self._block_manager()]
+        self.blocks = [self._block_manager(ranks)]
         local = LocalInlet(self.layout, self.settings.lease_s)
         prefill = self._prefill_engine(ranks, self.blocks[0], LocalOutlet(local))
         return [ColocatedEngine(prefill, self._decode_engine(ranks, self.blocks[0], local))]
 
     def _decode_services(self, runner: ModelRunner) -> list[RankService]:
         settings = self.settings
-        services: list[RankService] = [ParkingService(runner, HostTier(settings.host_tier))]
+        services: list[RankService] = []
         if settings.capacities:
             self.loop = DecodeLoop(runner.model, self._config, runner.cache, settings.capacities, settings.context)
             services.append(self.loop)
@@ -192,8 +191,9 @@ class InProcessCluster:
             return StepwiseSteps(ranks)
         return GraphSteps(ranks, self.loop.layout, capacities, self.settings.page_size)
 
-    def _block_manager(self) -> BlockManager:
-        return BlockManager(self.settings.pages, self.settings.page_size, self.settings.prefix_cache)
+    def _block_manager(self, ranks: Ranks) -> BlockManager:
+        host = ranks.host_pages(self.layout, self.settings.host_tier)
+        return BlockManager(self.settings.pages, self.settings.page_size, self.settings.prefix_cache, host)
 
     def _prefill_engine(self, ranks: Ranks, blocks: BlockManager, outlet: Any) -> PrefillEngine:
         limits = PrefillLimits(self.settings.chunk_tokens, self.settings.max_sequences, self._limits)

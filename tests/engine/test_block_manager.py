@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from splitserve.engine.block_manager import BlockManager, BlockTable
+from splitserve.engine.host_pages import HostPages, Pairs
 
-NUM_PAGES = 12
+NUM_PAGES, PLACES = 12, 9
 PAGE_SIZE = 4
 # Two token values and few lengths, so that prefixes collide often.
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=22)
@@ -26,13 +27,28 @@ class Owner:
 
 
 class BlockManagerMachine(RuleBasedStateMachine):
-    """`contents` is what is really written: (keys, tokens up to the page's end) of each page, or None."""
+    """`contents` is what is really written: (keys, tokens up to the page's end) of each page, or None.
+
+    `places` is the same of host memory, where sequences are parked, too.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.manager = BlockManager(NUM_PAGES, PAGE_SIZE)
+        self.host = HostPages(PLACES, self.move)
+        self.manager = BlockManager(NUM_PAGES, PAGE_SIZE, host=self.host)
+        self.places: dict[int, tuple[tuple[str, ...], tuple[int, ...]] | None] = {}
+        self.parked: list[tuple[Owner, list[int]]] = []
         self.owners: list[Owner] = []
         self.contents: list[tuple[tuple[str, ...], tuple[int, ...]] | None] = [None] * NUM_PAGES
+
+    def move(self, saves: Pairs, loads: Pairs) -> None:
+        assert all(0 <= place < PLACES for _, place in saves)
+        taken = {place for _, places in self.parked for place in places}
+        for page, place in saves:
+            assert place not in taken, "a parked page is overwritten"
+            self.places[place] = self.contents[page]
+        for place, page in loads:
+            self.contents[page] = self.places[place]
 
     def owner(self, data: st.DataObject) -> Owner:
         return data.draw(st.sampled_from(self.owners))
@@ -105,6 +121,36 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.owners)
     @rule(data=st.data())
+    def park(self, data: st.DataObject) -> None:
+        owner = self.owner(data)
+        room = PLACES - sum(len(places) for _, places in self.parked)
+        places = self.host.park(owner.table.pages)
+        assert (places is None) == (len(owner.table.pages) > room)
+        if places is not None:
+            self.parked.append((owner, places))
+            self.owners.remove(owner)
+            self.manager.free(owner.table)
+
+    @precondition(lambda self: self.parked)
+    @rule(data=st.data(), wanted=st.booleans())
+    def unpark(self, data: st.DataObject, wanted: bool) -> None:
+        """Bring a parked sequence back, where there is room, or drop it."""
+        index = data.draw(st.integers(0, len(self.parked) - 1))
+        owner, places = self.parked[index]
+        if wanted:
+            table = self.manager.allocate(owner.tokens, owner.keys, max_cached_tokens=0)
+            if table is None:
+                return
+            self.host.unpark(places, table.pages[: len(places)])
+            for page in range(owner.computed // PAGE_SIZE):
+                assert self.contents[table.pages[page]] == (owner.keys, tuple(owner.tokens[: (page + 1) * PAGE_SIZE]))
+            self.owners.append(Owner(table, owner.tokens, owner.keys, owner.computed))
+        else:
+            self.host.drop(places)
+        del self.parked[index]
+
+    @precondition(lambda self: self.owners)
+    @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
         owner = self.owner(data)
         self.owners.remove(owner)
@@ -122,6 +168,13 @@ class BlockManagerMachine(RuleBasedStateMachine):
         assert self.manager._refcounts == counts
         assert self.manager.free_pages == counts.count(0)
         assert set(self.manager._blank) | set(self.manager._idle) == {p for p in range(NUM_PAGES) if not counts[p]}
+
+    @invariant()
+    def host_memory_is_accounted_for(self) -> None:
+        parked = [place for _, places in self.parked for place in places]
+        cached = list(self.host._place_of.values())
+        assert sorted(parked + cached + self.host._free) == list(range(PLACES))
+        assert self.host.cached == len(cached)
 
     @invariant()
     def a_shared_page_means_the_same_to_all_owners(self) -> None:
@@ -265,3 +318,60 @@ def test_misuse_is_refused() -> None:
             use()
     with pytest.raises(ValueError, match="at least one page"):
         BlockManager(0, 4)
+
+
+class Moves:
+    """What a block manager had moved."""
+
+    def __init__(self) -> None:
+        self.saves: list[tuple[int, int]] = []
+        self.loads: list[tuple[int, int]] = []
+
+    def __call__(self, saves: Pairs, loads: Pairs) -> None:
+        self.saves += saves
+        self.loads += loads
+
+
+def test_an_evicted_prefix_comes_back_from_the_host() -> None:
+    moves = Moves()
+    manager = BlockManager(4, 4, host=HostPages(8, moves))
+    prompt, other = list(range(16)), list(range(100, 116))
+    manager.free(filled(manager, prompt))
+    manager.free(filled(manager, other))
+    assert len(moves.saves) == 4
+    assert manager.host.cached == 4
+    table = manager.allocate([*prompt[:12], 7])
+    assert table is not None
+    assert table.cached_tokens == 12
+    assert [page for _, page in moves.loads] == table.pages[:3]
+    assert {place for place, _ in moves.loads} <= {place for _, place in moves.saves}
+    again = manager.allocate([*prompt[:8], 9])
+    assert again is None, "both first pages are shared, but the third one finds no room"
+    manager.free(table)
+    # What lies in host memory already is not saved again.
+    before = len(moves.saves)
+    manager.free(filled(manager, list(range(200, 216))))
+    assert len(moves.saves) == before
+
+
+def test_without_host_memory_what_is_evicted_is_gone() -> None:
+    manager = BlockManager(4, 4)
+    manager.free(filled(manager, list(range(16))))
+    manager.free(filled(manager, list(range(100, 116))))
+    table = manager.allocate([*range(12), 7])
+    assert table is not None
+    assert table.cached_tokens == 0
+
+
+def test_loading_spares_what_it_loads() -> None:
+    """With little host memory, pages that leave for a hit must not take the places of the hit."""
+    moves = Moves()
+    manager = BlockManager(4, 4, host=HostPages(3, moves))
+    prompt = list(range(13))
+    manager.free(filled(manager, prompt))
+    manager.free(filled(manager, list(range(100, 116))))
+    loaded = manager.allocate(prompt)
+    assert loaded is not None
+    hit = loaded.cached_tokens // 4
+    assert hit == len(moves.loads) > 0
+    assert len({place for place, _ in moves.loads}) == hit

@@ -18,7 +18,7 @@ import torch
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.engine.batch import Batch
 from splitserve.engine.group import FollowerLink, GlooGroup, LeaderLink, host_store, join_store
-from splitserve.engine.parking import HostTier
+from splitserve.engine.host_tier import HostTier
 from splitserve.engine.runner import ModelRunner
 from splitserve.models.layers import SingleRank
 from tests.engine.loop import Live, Loop, Request, RunBatch, make_runner
@@ -123,20 +123,21 @@ def test_with_a_prefix_hit(
 @modes
 @page_sizes
 def test_parked_and_restored_elsewhere(runners: Runners, expected: dict[str, Live], mode: str, page_size: int) -> None:
-    runner, tier = runners(page_size), HostTier(1 << 30)
+    runner = runners(page_size)
+    tier = HostTier(runner.cache)
     loop = Loop(runner.run, page_size)
     found = loop.start(PROMPT, MODES[mode])
     for _ in range(9):
         loop.step([found])
-    assert tier.park("r", runner.cache, found.table.pages)
     old_pages = found.table.pages
+    tier.move([(page, place) for place, page in enumerate(old_pages)], ())
     loop.blocks.free(found.table)
     loop.answer(random_requests(3, 60))
     table = loop.blocks.allocate(found.sequence.token_ids, ("not the cached pages",))
     assert table is not None
     assert set(table.pages) != set(old_pages)
     found.sequence.table = found.table = table
-    tier.restore("r", runner.cache, table.pages)
+    tier.move((), list(enumerate(table.pages[: len(old_pages)])))
     while found.sequence.finish_reason is None:
         loop.step([found])
     assert_same(found, expected[mode])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from splitserve.cluster.layout import KvLayout
+from splitserve.engine.host_tier import CHUNK_BYTES, HostTier
 from splitserve.engine.kv_cache import KvCache, pages_for_budget
-from splitserve.engine.parking import HostTier
 
 CPU = torch.device("cpu")
 LAYOUTS = [
@@ -20,8 +21,8 @@ LAYOUTS = [
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.dtype)
 
 
-def random_cache(layout: KvLayout, num_pages: int, seed: int) -> KvCache:
-    cache = KvCache(layout, num_pages, CPU)
+def random_cache(layout: KvLayout, num_pages: int, seed: int, device: torch.device = CPU) -> KvCache:
+    cache = KvCache(layout, num_pages, device)
     generator = torch.Generator().manual_seed(seed)
     for layer in cache.layers:
         layer.copy_(torch.randn(layer.shape, generator=generator))
@@ -50,52 +51,52 @@ def test_copy_pages_copies_them_and_nothing_else(layout: KvLayout) -> None:
         assert torch.equal(layer, expected)
 
 
+def check_host_tier(layout: KvLayout, seed: int, device: torch.device) -> None:
+    """Random moves against a plain model: what lies at each place, and what each page holds."""
+    rng, cache = random.Random(seed), random_cache(layout, 12, seed, device)
+    tier, places = HostTier(cache), dict[int, list[torch.Tensor]]()
+    expected = [layer.clone() for layer in cache.layers]
+    for _ in range(12):
+        saves = [(rng.randrange(12), rng.randrange(40)) for _ in range(rng.randint(0, 5))]
+        known = sorted({*places, *(place for _, place in saves)})
+        pages = rng.sample(range(12), rng.randint(0, min(5, len(known))))
+        loads = [(rng.choice(known), page) for page in pages]
+        for page, place in saves:
+            places[place] = [layer[:, page].clone() for layer in expected]
+        for place, page in loads:
+            for layer, copy in zip(expected, places[place], strict=True):
+                layer[:, page] = copy
+        tier.move(saves, loads)
+        overwritten = rng.randrange(12)  # at once: what was saved must have been read
+        for layer, other in zip(cache.layers, expected, strict=True):
+            layer[:, overwritten] += 1
+            other[:, overwritten] += 1
+    for layer, other in zip(cache.layers, expected, strict=True):
+        assert torch.equal(layer, other)
+
+
 @layouts
 @pytest.mark.parametrize("seed", range(10))
-def test_parked_pages_come_back_elsewhere(layout: KvLayout, seed: int) -> None:
-    rng = random.Random(seed)
-    cache = random_cache(layout, 12, seed)
-    tier = HostTier(8 * layout.bytes_per_page)
-    source, target = rng.sample(range(12), 5), rng.sample(range(12), 5)
-    saved = [layer[:, source].clone() for layer in cache.layers]
-    assert tier.park("a", cache, source)
-    for layer in cache.layers:
-        layer.zero_()
-    untouched = [page for page in range(12) if page not in target]
-    tier.restore("a", cache, target)
-    for layer, expected in zip(cache.layers, saved, strict=True):
-        assert torch.equal(layer[:, target], expected)
-        assert not layer[:, untouched].any()
-    assert tier.used_bytes == 0
+def test_pages_go_to_the_host_and_come_back(layout: KvLayout, seed: int) -> None:
+    check_host_tier(layout, seed, CPU)
 
 
+@pytest.mark.gpu
 @layouts
-def test_the_budget_is_exact(layout: KvLayout) -> None:
-    cache = random_cache(layout, 12, seed=2)
-    tier = HostTier(5 * layout.bytes_per_page)
-    assert tier.park("a", cache, [1, 2, 3])
-    assert tier.used_bytes == 3 * layout.bytes_per_page
-    assert not tier.park("b", cache, [4, 5, 6])
-    assert tier.used_bytes == 3 * layout.bytes_per_page
-    assert tier.park("b", cache, [4, 5])
-    assert tier.used_bytes == 5 * layout.bytes_per_page
-    tier.drop("a")
-    assert tier.used_bytes == 2 * layout.bytes_per_page
-    tier.restore("b", cache, [0, 1])
-    assert tier.used_bytes == 0
+@pytest.mark.parametrize("seed", range(10))
+def test_pages_go_to_the_host_and_come_back_on_a_gpu(layout: KvLayout, seed: int) -> None:
+    check_host_tier(layout, seed, torch.device("cuda"))
 
 
-def test_misuse_is_refused() -> None:
-    cache = random_cache(LAYOUTS[0], 4, seed=3)
-    tier = HostTier(4 * LAYOUTS[0].bytes_per_page)
-    assert tier.park("a", cache, [0, 1])
-    with pytest.raises(ValueError, match="'a' is parked already"):
-        tier.park("a", cache, [2])
-    with pytest.raises(ValueError, match="found 1; 'a' was parked with 2"):
-        tier.restore("a", cache, [3])
-    with pytest.raises(KeyError):
-        tier.restore("b", cache, [0])
-    with pytest.raises(KeyError):
-        tier.drop("b")
+def test_host_memory_is_taken_as_places_are_used() -> None:
+    layout = replace(LAYOUTS[0], page_size=1 << 12)
+    cache = KvCache(layout, 3, CPU)
+    tier = HostTier(cache)
+    assert tier._chunks == {}
+    tier.move([(0, 10**9)], ())
+    assert sum(chunk.nbytes for chunk in tier._chunks.values()) <= max(CHUNK_BYTES, layout.bytes_per_page)
+
+
+def test_a_cache_has_pages() -> None:
     with pytest.raises(ValueError, match="num_pages"):
         KvCache(LAYOUTS[0], 0, CPU)
