@@ -90,6 +90,27 @@ def test_with_a_prefix_hit(model: Path, reference: dict[str, Answer], split: boo
 
 
 @pytest.mark.parametrize("split", [True, False], ids=["split", "colocated"])
+def test_with_a_prefix_that_was_in_host_memory(model: Path, reference: dict[str, Answer], split: bool) -> None:
+    for host_tier in (0, 1 << 30):
+        cluster = InProcessCluster(model, Settings(split=split, pages=24, host_tier=host_tier))
+        cluster.ask("warm", prompt(150)[:130] + prompt(20, seed=9), GREEDY)
+        cluster.run()
+        for other in range(3):  # each takes all pages
+            cluster.ask(f"other {other}", prompt(370, seed=20 + other), replace(GREEDY, max_tokens=8))
+            cluster.run()
+        for name, params in PARAMS.items():
+            cluster.ask(name, prompt(150), params)
+            answer = cluster.run()[name]
+            assert answer.first is not None
+            assert answer.first.cached_tokens == 0 if host_tier == 0 else answer.first.cached_tokens >= 128
+            assert_same(answer, reference[name])
+            cluster.ask(f"behind {name}", prompt(370, seed=30), replace(GREEDY, max_tokens=8))
+            cluster.run()
+        cluster.settle()
+        assert cluster.free_pages() == [24] * len(cluster.blocks)
+
+
+@pytest.mark.parametrize("split", [True, False], ids=["split", "colocated"])
 def test_preempted_sequences_lose_nothing(model: Path, split: bool) -> None:
     """More sequences than pages: some are parked in host memory and come back, with the tokens they would have had."""
     params = {f"request {index}": replace(SAMPLED, seed=index, max_tokens=100) for index in range(8)}
