@@ -1,4 +1,4 @@
-"""The cluster on GPUs, through torch operations: the tokens of the CPU, split and colocated, at any TP."""
+"""The cluster on a GPU, through torch operations: the tokens of the CPU, split and colocated."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from splitserve.client import Sampling
 from tests.worker_threads import running, topology
@@ -37,11 +36,3 @@ def test_split(tiny_model: Path, expected: list[tuple[int, ...]]) -> None:
 def test_colocated(tiny_model: Path, expected: list[tuple[int, ...]]) -> None:
     pool = {"device": "cuda", "kv_memory": "64MiB", "page_size": 64, "chunk_tokens": 128}
     assert answers(tiny_model, device="cuda", colocated=True, prefill=None, decode=pool) == expected
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each rank")
-@pytest.mark.parametrize(("prefill_tp", "decode_tp"), [(2, 1), (1, 2)])  # pools with NCCL must not share GPUs
-def test_tensor_parallel_over_nccl(
-    tiny_model: Path, expected: list[tuple[int, ...]], prefill_tp: int, decode_tp: int
-) -> None:
-    assert answers(tiny_model, device="cuda", prefill_tp=prefill_tp, decode_tp=decode_tp) == expected

@@ -49,3 +49,29 @@ def test_two_workers(gpus: int, transport: str, tiny_model: Path, tmp_path: Path
         assert succeed(*ask) == alone
     finally:
         succeed("down", name)
+
+
+COLOCATED = """
+name: {name}
+model: {{path: {model}, context: 1024, dtype: float32}}
+hosts: {{gpus: {tp}}}
+router: {{grpc: "127.0.0.1:{port}"}}
+colocated: true
+decode: {{device: cuda, kv_memory: 64MiB, slots: 32, layout: {{tp: {tp}}}}}
+"""
+
+
+def test_tensor_parallel_over_nccl(tiny_model: Path, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    answers = []
+    for tp in (1, 2):
+        name, file = f"test-gpu-tp{tp}-{os.getpid()}", tmp_path / "t.yaml"
+        file.write_text(COLOCATED.format(name=name, model=tiny_model, port=free_port(), tp=tp))
+        succeed("up", file, timeout_s=180)
+        try:
+            ask = ("generate", "--cluster", name, "--max-tokens", 24, "--text")
+            answers.append([succeed(*ask, text) for text in ("The quick brown fox", "A", "import os\n" * 60)])
+        finally:
+            succeed("down", name)
+    assert answers[0] == answers[1]
