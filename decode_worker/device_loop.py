@@ -82,6 +82,10 @@ class _Clock:
         if self._event is not None:
             self._event.record()
 
+    @property
+    def passed(self) -> bool:
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
     def wait(self) -> None:
         if self._event is not None:
             self._event.synchronize()
@@ -115,6 +119,11 @@ class PendingStep:
 
     def __init__(self, buffer: _ResultBuffer, top: bool, note: Callable[[], None]) -> None:
         self._buffer, self._top, self._note = buffer, top, note
+
+    @property
+    def ready(self) -> bool:
+        """Whether the device is done with it."""
+        return self._buffer.done.passed
 
     def wait(self) -> list[RowResult]:
         """The results of the rows that ran, once the device is done."""

@@ -109,13 +109,13 @@ class DecodeEngine:
     def step(self) -> bool:
         """Let landed requests join, give every running sequence room, run the model once, send the new tokens."""
         self._settle_transfers()
-        launched = self._steps.launch(self._slots.schedule())
+        launched = self._steps.has_room and self._steps.launch(self._slots.schedule())
         outcomes = self._steps.results()
-        if not launched and not outcomes:
-            self._fail_deadlocked()
-            return self._ranks.busy
         self._advance(outcomes)
-        return True
+        if launched or outcomes or self._steps.under_way:
+            return True
+        self._fail_deadlocked()
+        return self._ranks.busy
 
     @property
     def sockets(self) -> list[Socket]:

@@ -20,17 +20,27 @@ Outcome = tuple[Sequence, SampledToken | None]
 
 
 class Steps(Protocol):
-    """Runs decode steps of whatever sequences the scheduler names."""
+    """Runs decode steps of whatever sequences the scheduler names. Nothing waits for a device."""
+
+    @property
+    def under_way(self) -> int:
+        """Steps whose results have not come."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another step may be launched behind those under way."""
 
     def launch(self, running: list[Sequence]) -> bool:
         """Start a step of `running`, who have pages for it; False when none of them needs one."""
 
     def results(self) -> list[Outcome]:
-        """What steps came to since the last call; None where the model failed. Call it after every `launch`."""
+        """What steps came to since the last call; None where the model failed."""
 
 
 class StepwiseSteps:
     """Every step is a batch like any other, and its tokens are there when it ends. For CPUs."""
+
+    under_way, has_room = 0, True
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
@@ -77,6 +87,15 @@ class GraphSteps:
         self._launched = False
         self._next_step = 0
 
+    @property
+    def under_way(self) -> int:
+        return len(self._under_way)
+
+    @property
+    def has_room(self) -> bool:
+        """The device always has the next step waiting, and no third one: what it is told would be too old."""
+        return len(self._under_way) < 2
+
     def launch(self, running: list[Sequence]) -> bool:
         self._vacate(running)
         for sequence in running:
@@ -97,7 +116,7 @@ class GraphSteps:
 
     def results(self) -> list[Outcome]:
         outcomes: list[Outcome] = []
-        while len(self._under_way) > self._launched:
+        while len(self._under_way) > self._launched and self._under_way[0][0].ready:
             pending, places = self._under_way.pop(0)
             came = {row.slot: row for row in pending.wait()}
             for slot, place in places.items():

@@ -113,18 +113,19 @@ class PrefillEngine:
                 log.warning("a prefill engine takes no %s", type(item).__name__)
 
     def step(self) -> bool:
-        """Settle transfers, admit prompts, launch one packed batch of chunks, finish the one before it."""
+        """Settle transfers, admit prompts, launch one packed batch of chunks, finish what the device is done with."""
         self._settle_transfers()
-        self._admit()
-        chunks = self._next_chunks()
+        chunks: list[tuple[_Request, int]] = []
+        if len(self._under_way) < 2:  # the device always has the next one waiting
+            self._admit()
+            chunks = self._next_chunks()
         if chunks:
             self._under_way.append(self._launch(chunks))
-        # One batch stays under way, so that its device always has the next one waiting.
         finished = False
-        while self._under_way and (self._under_way[0].tokens.ready or len(self._under_way) > bool(chunks)):
+        while self._under_way and self._under_way[0].tokens.ready:
             self._finish(self._under_way.popleft())
             finished = True
-        return bool(chunks) or finished or self._ranks.busy
+        return bool(chunks) or finished or bool(self._under_way) or self._ranks.busy
 
     @property
     def sockets(self) -> list[Socket]:

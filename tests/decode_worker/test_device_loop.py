@@ -6,6 +6,7 @@ Without a GPU the same loop runs with every kernel in Triton's interpreter, on f
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 
 from splitserve.cluster.errors import ProtocolError
 from splitserve.cluster.sampling import SamplingParams
-from splitserve.decode_worker.device_loop import LaunchStep
+from splitserve.decode_worker.device_loop import LaunchStep, PendingStep
 from splitserve.engine.slot_state import SlotUpdateBuilder, SlotUpdates
 from splitserve.kernels.launch import INTERPRETING
 from tests.engines import Answer, InProcessCluster, Settings
@@ -93,6 +94,42 @@ def test_cancelled_anywhere_everything_is_freed(tiny_model: Path, expected: dict
         assert answer.tokens == expected[name].tokens
     cluster.settle()
     assert cluster.free_pages() == [24, 24]
+
+
+def test_results_may_come_late(tiny_model: Path, expected: dict[str, Answer], monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: dict[PendingStep, int] = {}
+    dice = random.Random(0)
+
+    def ready(pending: PendingStep) -> bool:
+        looks[pending] = looks.get(pending, dice.randint(0, 3)) - 1
+        return looks[pending] < 0
+
+    monkeypatch.setattr(PendingStep, "ready", property(ready))
+    cluster = InProcessCluster(tiny_model, GRAPHS)
+    for index in (0, 1):
+        cluster.ask(str(index), prompt(13 + 9 * index, index), PARAMS[index])
+    for name, answer in cluster.run().items():
+        assert answer.tokens == expected[name].tokens
+    cluster.settle()
+    assert cluster.free_pages() == [256, 256]
+    assert len(looks) > 4
+
+
+def test_a_step_under_way_keeps_nobody_waiting(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a device is at work for others, a request is granted, prefilled, and its KV taken."""
+    monkeypatch.setattr(PendingStep, "ready", False)
+    cluster = InProcessCluster(tiny_model, GRAPHS)
+    cluster.ask("first", prompt(13, 0), GREEDY)
+    cluster.ask("second", prompt(22, 1), GREEDY)
+    deadline = time.monotonic() + 60
+    while not (cluster.answers["first"].joined and cluster.engines[1].stats().running == 2):
+        cluster.step()
+        assert time.monotonic() < deadline
+    cluster.ask("third", prompt(31, 2), GREEDY)
+    while not cluster.answers["third"].joined:
+        cluster.step()
+        assert time.monotonic() < deadline
+    assert all(len(answer.tokens[0]) == 1 for answer in cluster.answers.values()), "no step has ended"
 
 
 def test_steps_come_in_order(tiny_model: Path) -> None:
