@@ -26,7 +26,7 @@ SHAPES = {
     "llama-8b": KvLayout(1, 32, 2, 8, 128, 64, "bfloat16"),
 }
 TOKENS = {"128": 128, "2k": 2048, "8k": 8192, "32k": 32768}
-STAGING, REPEATS = 512 << 20, 20
+STAGING, REPEATS = 1 << 30, 20  # of which a transfer gets a quarter, as in a cluster
 STORE = "tcp://127.0.0.1:29571"
 
 

@@ -228,7 +228,7 @@ class KvTransfer(_Section):
     )
     staging: Bytes | None = Field(
         default=None,
-        description="memory of a decode rank for KV on its way, such as 64MiB; 512MiB for cuda_ipc and 64MiB if unset",
+        description="memory of a decode rank for KV on its way, such as 64MiB; 1GiB for cuda_ipc and 64MiB if unset",
     )
     lease_s: Seconds = Field(
         default=10.0, description="time without progress after which a transfer is given up, in seconds"
@@ -340,7 +340,7 @@ class Topology(_Section):
     @property
     def staging(self) -> int:
         """Bytes of a decode rank for KV on its way: of its GPU for cuda_ipc, of its host otherwise."""
-        return self.kv_transfer.staging or (512 if self.local_transport == "cuda_ipc" else 64) * 2**20
+        return self.kv_transfer.staging or (1024 if self.local_transport == "cuda_ipc" else 64) * 2**20
 
     def pool(self, role: Role) -> PrefillPool | DecodePool:
         """The pool of `role`. Raises KeyError for a role that this cluster does not have."""

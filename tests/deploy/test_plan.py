@@ -173,7 +173,7 @@ def test_kv_goes_from_gpu_to_gpu_where_both_pools_have_them(tmp_path: Path) -> N
     plan = plan_text(tmp_path, raw)
     assert {link.transport for link in plan.links} == {"cuda_ipc"}
     assert "2 engine pairs over cuda_ipc" in render_plan(plan)
-    assert plan.topology.staging == 512 << 20
+    assert plan.topology.staging == 1 << 30
     raw["prefill"] = {"device": "cpu"}
     assert {link.transport for link in plan_text(tmp_path, raw).links} == {"shm"}
     raw["kv_transfer"] = {"transport": "cuda_ipc"}
