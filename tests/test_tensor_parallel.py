@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +31,21 @@ def test_any_layout_answers_alike(tmp_path: Path, heads: int, kv_heads: int, lay
 
 def test_latents_and_experts_in_any_layout(tmp_path: Path) -> None:
     check_layouts(write_tiny_moe(tmp_path), [(2, 1), (1, 4), (4, 2)])
+
+
+def test_prefixes_come_back_from_the_host_memory_of_all_ranks(tmp_path: Path) -> None:
+    folder, expected = write_tiny_moe(tmp_path), list[tuple[int, ...]]()
+    pool: dict[str, Any] = {"kv_memory": "640KiB", "page_size": 16}
+    for tp in (1, 2):
+        sized = pool | {"layout": {"tp": tp}}
+        with running(topology(folder, prefill=sized, decode=sized)) as client:
+            for round_ in range(2):
+                for number in range(6):
+                    prompt = random.Random(number).choices(range(3, 300), k=900)
+                    result = client.generate(prompt, max_tokens=8, ignore_eos=True).result()
+                    expected.append(result.samples[0].token_ids)
+                    assert result.summary.usage.cached_tokens == (896 if round_ else 0)
+    assert expected[:6] * 4 == expected
 
 
 def check_layouts(folder: Path, layouts: list[tuple[int, int]]) -> None:
