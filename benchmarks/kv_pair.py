@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from functools import partial
 from typing import Literal
 
 import torch
@@ -16,14 +15,13 @@ from splitserve.cluster.codec import pack, unpack
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import HandOff, RankEndpoint, Ticket
 from splitserve.engine.kv_cache import KvCache
-from splitserve.kv_transfer.cuda_ipc import CudaMapping, CudaSegment
-from splitserve.kv_transfer.device_mover import DeviceMover
-from splitserve.kv_transfer.mover import HostMover, Mover
+from splitserve.kv_transfer.by_device import new_host_sender, new_mover
+from splitserve.kv_transfer.cuda_ipc import CudaSegment
 from splitserve.kv_transfer.protocol import Freed, Incoming, ReceiveFailed, Verified
 from splitserve.kv_transfer.receiver import KvReceiver
-from splitserve.kv_transfer.segments import Attach, HostSender, SegmentReceiver
+from splitserve.kv_transfer.segments import SegmentReceiver
 from splitserve.kv_transfer.sender import KvSender
-from splitserve.kv_transfer.shm import ShmMapping, ShmSegment, host_id
+from splitserve.kv_transfer.shm import ShmSegment, host_id
 from splitserve.kv_transfer.staging import window_size
 from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender
 
@@ -48,7 +46,7 @@ class KvPair:
         )
         self._layout, self._window_bytes, self._child, self._epoch = layout, window_bytes, child, 0
         self._endpoint = RankEndpoint(control.endpoint, transport, host_id(), segment.name, 0, 0)
-        self._mover = _mover(KvCache(layout, pages(layout, tokens)[-1] + 1, device))
+        self._mover = new_mover(KvCache(layout, pages(layout, tokens)[-1] + 1, device))
         self._receiver = KvReceiver(self._mover, 0, window_bytes, SegmentReceiver(control, segment), time.monotonic)
 
     def seconds(self, tokens: int) -> float:
@@ -112,15 +110,12 @@ def kv_pair(
 
 def send_all(device: torch.device, tokens: int) -> None:
     """The child: send the KV of every ticket on standard input, and say when it lay in its pages."""
-    attach: dict[str, Attach] = {"shm": ShmMapping}
-    if device.type == "cuda":
-        attach["cuda_ipc"] = partial(CudaMapping, device=device)
     sender: KvSender | None = None
     for line in sys.stdin:
         ticket: Ticket = unpack(bytes.fromhex(line))
         if sender is None:
-            transport = HostSender(TcpSender(time.monotonic), host_id(), attach, time.monotonic)
-            mover = _mover(KvCache(ticket.layout, pages(ticket.layout, tokens)[-1] + 1, device))
+            transport = new_host_sender(TcpSender(time.monotonic), device)
+            mover = new_mover(KvCache(ticket.layout, pages(ticket.layout, tokens)[-1] + 1, device))
             sender = KvSender(mover, 0, transport, time.monotonic)
         sender.begin(ticket, pages(ticket.layout, ticket.num_tokens))
         began = time.perf_counter()  # the same clock in all processes of a host
@@ -134,10 +129,6 @@ def send_all(device: torch.device, tokens: int) -> None:
 def pages(layout: KvLayout, tokens: int) -> tuple[int, ...]:
     """Every other page, as if others held those between."""
     return tuple(range(0, 2 * -(-tokens // layout.page_size), 2))
-
-
-def _mover(cache: KvCache) -> Mover:
-    return DeviceMover(cache) if cache.layers[0].is_cuda else HostMover(cache)
 
 
 if __name__ == "__main__":

@@ -342,6 +342,10 @@ class Topology(_Section):
         """Bytes of a decode rank for KV on its way: of its GPU for cuda_ipc, of its host otherwise."""
         return self.kv_transfer.staging or (1024 if self.local_transport == "cuda_ipc" else 64) * 2**20
 
+    def gpu_staging(self, role: Role) -> int:
+        """What of a rank's GPU is staging."""
+        return self.staging if role == "decode" and self.local_transport == "cuda_ipc" else 0
+
     def pool(self, role: Role) -> PrefillPool | DecodePool:
         """The pool of `role`. Raises KeyError for a role that this cluster does not have."""
         if role not in self.roles:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -24,13 +23,12 @@ from splitserve.engine.device_sampler import DeviceSampler, HostSampler
 from splitserve.engine.ranks import Ranks, RankService
 from splitserve.engine.runner import ModelRunner
 from splitserve.engine.serving import Engine, Send
-from splitserve.kv_transfer.cuda_ipc import CudaMapping, CudaSegment
-from splitserve.kv_transfer.device_mover import DeviceMover
-from splitserve.kv_transfer.mover import HostMover, Mover
+from splitserve.kv_transfer.by_device import new_host_sender, new_mover
+from splitserve.kv_transfer.cuda_ipc import CudaSegment
 from splitserve.kv_transfer.receiver import KvReceiver
-from splitserve.kv_transfer.segments import Attach, HostSender, Segment, SegmentReceiver
+from splitserve.kv_transfer.segments import Segment, SegmentReceiver
 from splitserve.kv_transfer.sender import KvSender
-from splitserve.kv_transfer.shm import ShmMapping, ShmSegment, host_id, sweep
+from splitserve.kv_transfer.shm import ShmSegment, host_id, sweep
 from splitserve.kv_transfer.staging import WindowAllocator
 from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender
 from splitserve.prefill_worker.engine import PrefillEngine, PrefillLimits
@@ -92,11 +90,8 @@ def build_engine(leader: Leader) -> Engine:
 
 
 def _prefill_rank(spec: RankSpec, runner: ModelRunner) -> RankParts:
-    attach: dict[str, Attach] = {"shm": ShmMapping}
-    if spec.device != "cpu":
-        attach["cuda_ipc"] = partial(CudaMapping, device=torch.device(spec.device))
-    transport = HostSender(TcpSender(time.monotonic, spec.keys), host_id(), attach, time.monotonic)
-    sender = KvSender(_mover(runner), spec.tp_rank, transport, time.monotonic)
+    transport = new_host_sender(TcpSender(time.monotonic, spec.keys), torch.device(spec.device))
+    sender = KvSender(new_mover(runner.cache), spec.tp_rank, transport, time.monotonic)
     return RankParts((SendService(runner, sender),), None, sender.close)
 
 
@@ -104,14 +99,9 @@ def _decode_rank(spec: RankSpec, runner: ModelRunner, services: tuple[RankServic
     control, staging = TcpReceiver(spec.bind, spec.keys), spec.topology.staging
     kind, segment = spec.topology.local_transport, _segment(spec)
     transport = SegmentReceiver(control, segment) if segment else control
-    receiver = KvReceiver(_mover(runner), spec.tp_rank, staging, transport, time.monotonic)
+    receiver = KvReceiver(new_mover(runner.cache), spec.tp_rank, staging, transport, time.monotonic)
     endpoint = RankEndpoint(control.endpoint, kind, host_id(), segment.name if segment else "", 0, 0)
     return RankParts((*services, ReceiveService(receiver)), endpoint, receiver.close)
-
-
-def _mover(runner: ModelRunner) -> Mover:
-    cache = runner.cache
-    return DeviceMover(cache) if cache.layers[0].is_cuda else HostMover(cache)
 
 
 def _segment(spec: RankSpec) -> Segment | None:

@@ -26,7 +26,7 @@ def check_gpu(spec: RankSpec, config: ModelConfig) -> None:
     free, total = torch.cuda.mem_get_info(device)
     share = int(total * pool.gpu_fraction)
     weights = weight_bytes(config, spec.tp, pool.layout.ep, getattr(torch, spec.topology.model.dtype).itemsize)
-    staging = spec.topology.staging if spec.role == "decode" and spec.topology.local_transport == "cuda_ipc" else 0
+    staging = spec.topology.gpu_staging(spec.role)
     if weights + pool.kv_memory + staging > min(free, share):
         section = "prefill" if spec.role == "prefill" else "decode"
         parts = f"{format_bytes(weights)} of weights and {format_bytes(pool.kv_memory + staging)} of KV"

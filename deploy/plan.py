@@ -164,8 +164,7 @@ def _memory_faults(file: TopologyFile, model: ModelConfig, role: Role) -> Iterat
         yield file.error(field, format_bytes(pool.kv_memory), expected)
     if pool.device == "cpu":
         return
-    weights = _weight_bytes(topology, model, pool)
-    staging = topology.staging if role == "decode" and topology.local_transport == "cuda_ipc" else 0
+    weights, staging = _weight_bytes(topology, model, pool), topology.gpu_staging(role)
     memory = int(topology.hosts.gpu_memory * pool.gpu_fraction)
     left = memory - weights - staging - GPU_RUNTIME_BYTES
     if pool.kv_memory > left:

@@ -73,7 +73,7 @@ class TcpSender:
     """Keeps a connection to each target that was used within the last minute."""
 
     def __init__(self, clock: Callable[[], float], keys: CurveKeys | None = None) -> None:
-        self._clock, self._keys = clock, keys
+        self.clock, self._keys = clock, keys
         self._links: dict[str, _Link] = {}
 
     def connect(self, target: RankEndpoint) -> None:
@@ -94,7 +94,7 @@ class TcpSender:
             with contextlib.suppress(zmq.Again):
                 while True:
                     headers.append(link.socket.recv(zmq.NOBLOCK))
-            if self._clock() - link.used_at > IDLE_S:
+            if self.clock() - link.used_at > IDLE_S:
                 link.socket.close(linger=0)
                 del self._links[address]
         return headers
@@ -112,8 +112,8 @@ class TcpSender:
     def _link(self, address: str) -> Socket:
         link = self._links.get(address)
         if link is None:
-            link = self._links[address] = _Link(self._connected(address), self._clock())
-        link.used_at = self._clock()
+            link = self._links[address] = _Link(self._connected(address), self.clock())
+        link.used_at = self.clock()
         return link.socket
 
     def _connected(self, address: str) -> Socket:

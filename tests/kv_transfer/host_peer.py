@@ -6,20 +6,14 @@ import os
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 
 import torch
 
 from splitserve.cluster.codec import unpack
 from splitserve.cluster.messages import Ticket
-from splitserve.engine.kv_cache import KvCache
-from splitserve.kv_transfer.cuda_ipc import CudaMapping
-from splitserve.kv_transfer.device_mover import DeviceMover
-from splitserve.kv_transfer.mover import HostMover
+from splitserve.kv_transfer.by_device import new_host_sender, new_mover
 from splitserve.kv_transfer.protocol import SenderEvent
-from splitserve.kv_transfer.segments import Attach, HostSender
 from splitserve.kv_transfer.sender import KvSender
-from splitserve.kv_transfer.shm import ShmMapping, host_id
 from splitserve.kv_transfer.tcp import TcpSender
 from tests.kv_transfer.ranks import HAND_OFF, dense_kv, poisoned_cache, write
 from tests.kv_transfer.test_hosts import SOURCE_PAGES, TOKENS
@@ -41,7 +35,8 @@ def send(share: float, devices: list[str], packed: bytes) -> None:
     for rank, device in enumerate(devices):
         cache = poisoned_cache(source, 16, torch.device(device))
         write(cache, rank, SOURCE_PAGES, dense_kv(source, TOKENS), range(TOKENS))
-        senders.append(rank_sender(cache, rank))
+        transport = new_host_sender(TcpSender(time.monotonic), torch.device(device))
+        senders.append(KvSender(new_mover(cache), rank, transport, time.monotonic))
     for sender in senders:
         sender.begin(ticket, SOURCE_PAGES)
         sender.ready([(ticket.transfer_id, int(TOKENS * share))], range(source.num_layers))
@@ -53,16 +48,6 @@ def send(share: float, devices: list[str], packed: bytes) -> None:
     print(pump(senders, seconds=30), flush=True)
     for sender in senders:
         sender.close()
-
-
-def rank_sender(cache: KvCache, rank: int) -> KvSender:
-    device = cache.layers[0].device
-    attach: dict[str, Attach] = {"shm": ShmMapping}
-    if device.type == "cuda":
-        attach["cuda_ipc"] = partial(CudaMapping, device=device)
-    transport = HostSender(TcpSender(time.monotonic), host_id(), attach, time.monotonic)
-    mover = DeviceMover(cache) if device.type == "cuda" else HostMover(cache)
-    return KvSender(mover, rank, transport, time.monotonic)
 
 
 def pump(senders: list[KvSender], seconds: float) -> list[SenderEvent]:
