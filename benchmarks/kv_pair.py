@@ -15,13 +15,12 @@ from splitserve.cluster.codec import pack, unpack
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import HandOff, RankEndpoint, Ticket
 from splitserve.engine.kv_cache import KvCache
-from splitserve.kv_transfer.by_device import new_host_sender, new_mover
-from splitserve.kv_transfer.cuda_ipc import CudaSegment
+from splitserve.kv_transfer.by_device import new_host_sender, new_mover, new_segment
 from splitserve.kv_transfer.protocol import Freed, Incoming, ReceiveFailed, Verified
 from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.segments import SegmentReceiver
 from splitserve.kv_transfer.sender import KvSender
-from splitserve.kv_transfer.shm import ShmSegment, host_id
+from splitserve.kv_transfer.shm import host_id
 from splitserve.kv_transfer.staging import window_size
 from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender
 
@@ -41,9 +40,7 @@ class KvPair:
         target: str,
     ) -> None:
         device, control = torch.device(target), TcpReceiver("127.0.0.1")
-        segment = (
-            CudaSegment(window_bytes, device) if transport == "cuda_ipc" else ShmSegment("benchmark", window_bytes)
-        )
+        segment = new_segment("shm" if transport == "tcp" else transport, "benchmark", window_bytes, device)
         self._layout, self._window_bytes, self._child, self._epoch = layout, window_bytes, child, 0
         self._endpoint = RankEndpoint(control.endpoint, transport, host_id(), segment.name, 0, 0)
         self._mover = new_mover(KvCache(layout, pages(layout, tokens)[-1] + 1, device))

@@ -228,7 +228,8 @@ class KvTransfer(_Section):
     )
     staging: Bytes | None = Field(
         default=None,
-        description="memory of a decode rank for KV on its way, such as 64MiB; 1GiB for cuda_ipc and 64MiB if unset",
+        description="memory of a decode rank for KV on its way, such as 64MiB; "
+        "if unset, 1GiB for cuda_ipc, else 256MiB for GPUs and 64MiB for CPUs",
     )
     lease_s: Seconds = Field(
         default=10.0, description="time without progress after which a transfer is given up, in seconds"
@@ -340,7 +341,8 @@ class Topology(_Section):
     @property
     def staging(self) -> int:
         """Bytes of a decode rank for KV on its way: of its GPU for cuda_ipc, of its host otherwise."""
-        return self.kv_transfer.staging or (1024 if self.local_transport == "cuda_ipc" else 64) * 2**20
+        on_host = 256 if self.decode.device == "cuda" else 64
+        return self.kv_transfer.staging or (1024 if self.local_transport == "cuda_ipc" else on_host) * 2**20
 
     def gpu_staging(self, role: Role) -> int:
         """What of a rank's GPU is staging."""

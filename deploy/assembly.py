@@ -23,12 +23,11 @@ from splitserve.engine.device_sampler import DeviceSampler, HostSampler
 from splitserve.engine.ranks import Ranks, RankService
 from splitserve.engine.runner import ModelRunner
 from splitserve.engine.serving import Engine, Send
-from splitserve.kv_transfer.by_device import new_host_sender, new_mover
-from splitserve.kv_transfer.cuda_ipc import CudaSegment
+from splitserve.kv_transfer.by_device import new_host_sender, new_mover, new_segment
 from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.segments import Segment, SegmentReceiver
 from splitserve.kv_transfer.sender import KvSender
-from splitserve.kv_transfer.shm import ShmSegment, host_id, sweep
+from splitserve.kv_transfer.shm import host_id, sweep
 from splitserve.kv_transfer.staging import WindowAllocator
 from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender
 from splitserve.prefill_worker.engine import PrefillEngine, PrefillLimits
@@ -107,12 +106,11 @@ def _decode_rank(spec: RankSpec, runner: ModelRunner, services: tuple[RankServic
 def _segment(spec: RankSpec) -> Segment | None:
     """The staging area of a decode rank, if senders of its host share one with it."""
     topology = spec.topology
-    if topology.local_transport == "cuda_ipc":
-        return CudaSegment(topology.staging, torch.device(spec.device))
+    if topology.local_transport == "tcp":
+        return None
     if topology.local_transport == "shm":
         sweep(topology.name)  # of what an incarnation before this one left when it was killed
-        return ShmSegment(topology.name, topology.staging)
-    return None
+    return new_segment(topology.local_transport, topology.name, topology.staging, torch.device(spec.device))
 
 
 def _prefill_engine(leader: Leader, blocks: BlockManager, outlet: KvOutlet) -> PrefillEngine:

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from splitserve.kernels.launch import num_sms
+from splitserve.kernels.launch import current_stream, num_sms, relaunch
 
 WORD_BYTES = 4
 BLOCK_WORDS = tl.constexpr(1 << 14)
@@ -57,21 +57,34 @@ class KvRegion:
 
 
 def pack_kv(
-    cache: PagedLayers, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, total: torch.Tensor, sms: int = 0
+    cache: PagedLayers,
+    table: torch.Tensor,
+    region: KvRegion,
+    payload: torch.Tensor,
+    total: torch.Tensor,
+    sms: int = 0,
+    stream: torch.cuda.Stream | None = None,
 ) -> None:
     """Copy `region` of the sequence whose pages are `table` [pages] int64 into `payload`, uint8 of exactly its size.
 
     Adds the payload's weighted sum to `total` [1] int64. `payload` may lie in another GPU's memory that is mapped here.
-    `sms` limits the SMs that are taken, 0 for all. Raises ValueError when sizes do not fit.
+    `sms` limits the SMs that are taken, 0 for all; `stream` is the current one unless given. Raises ValueError when
+    sizes do not fit.
     """
-    _move(cache, table, region, payload, total, sms, pack=True)
+    _move(cache, table, region, payload, total, sms, pack=True, stream=stream)
 
 
 def unpack_kv(
-    cache: PagedLayers, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, total: torch.Tensor, sms: int = 0
+    cache: PagedLayers,
+    table: torch.Tensor,
+    region: KvRegion,
+    payload: torch.Tensor,
+    total: torch.Tensor,
+    sms: int = 0,
+    stream: torch.cuda.Stream | None = None,
 ) -> None:
     """Copy `payload` into `region`. Every word is read once, so that the sum is that of what was written."""
-    _move(cache, table, region, payload, total, sms, pack=False)
+    _move(cache, table, region, payload, total, sms, pack=False, stream=stream)
 
 
 def _move(
@@ -83,6 +96,7 @@ def _move(
     sms: int,
     *,
     pack: bool,
+    stream: torch.cuda.Stream | None,
 ) -> None:
     rows, row_words = region.rows(cache.planes), cache.row_bytes // WORD_BYTES
     if payload.numel() != rows * cache.row_bytes or cache.row_bytes % (2 * WORD_BYTES):
@@ -93,12 +107,16 @@ def _move(
     blocks = triton.cdiv(rows * row_words, BLOCK_WORDS.value)
     tiles = BLOCK_WORDS.value // TILE_WORDS
     programs = min(blocks, max(1, 8 * (sms or num_sms(payload.device)) // tiles))
-    _move_kv[(tiles, programs)](
-        cache.pointers, table, payload.view(torch.int32), total, cache.pages, region.layers[0], region.heads[0],
-        region.heads[1] - region.heads[0], region.tokens[0], region.tokens[1] - region.tokens[0], rows * row_words,
-        PLANES=cache.planes, HEADS=cache.heads, PAGE=cache.page_size, ROW=row_words, RUN=run, RUNS=TILE_WORDS // run,
-        PACK=pack, num_warps=4,
-    )  # fmt: skip
+    (first, _), (low, high), (start, stop) = region.layers, region.heads, region.tokens
+    relaunch(
+        _move_kv,
+        (tiles, programs, 1),
+        (cache.pointers, table, payload.view(torch.int32), total),
+        (cache.pages, first, low, high - low, start, stop - start, rows * row_words),
+        (cache.planes, cache.heads, cache.page_size, row_words, run, TILE_WORDS // run, pack),
+        stream.cuda_stream if stream else current_stream(table.device),
+        num_warps=4,
+    )
 
 
 @triton.jit

@@ -28,7 +28,7 @@ def checksum(payload: torch.Tensor, identity: bytes) -> int:
 def bind(total: int, identity: bytes, size: int) -> int:
     """The checksum of `size` bytes under `identity`, from their weighted sum."""
     bound = hashlib.blake2b(identity + size.to_bytes(8, "little"), digest_size=8).digest()
-    return _signed(total + int.from_bytes(bound, "little"))
+    return signed(total + int.from_bytes(bound, "little"))
 
 
 def weighted_sum(payload: torch.Tensor) -> int:
@@ -39,7 +39,7 @@ def weighted_sum(payload: torch.Tensor) -> int:
     weights = _weights(BLOCK_WORDS)
     sums = np.einsum("bi,i->b", blocks, weights)
     tail = np.einsum("i,i->", words[whole * BLOCK_WORDS :], weights[: words.size % BLOCK_WORDS])
-    return _signed(int(sums @ _block_weights(whole)) + int(tail))
+    return signed(int(sums @ _block_weights(whole)) + int(tail))
 
 
 @lru_cache
@@ -61,5 +61,6 @@ def _mix(counter: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
     return ((z ^ (z >> np.uint64(31))) | np.uint64(1)).view(np.int64)
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
+    """`value` modulo 2^64, as a signed number."""
     return ((value + (1 << 63)) & _MASK) - (1 << 63)

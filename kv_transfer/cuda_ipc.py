@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import re
-from typing import Any
 
 import torch
 
 from splitserve.cluster.errors import InsufficientResources, TransferFailed
+from splitserve.kv_transfer.cuda_driver import call, check, view
 from splitserve.kv_transfer.segments import Unreachable
 from splitserve.kv_transfer.staging import FrameSizes
 
@@ -39,10 +39,10 @@ class CudaSegment:
         handle, whole = _Handle(), -(-size // BLOCK_BYTES) * BLOCK_BYTES
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # the driver's calls need the context that this makes
-            if fault := _call("cuMemAlloc_v2", ctypes.byref(self._address), ctypes.c_size_t(whole)):
+            if fault := call("cuMemAlloc_v2", ctypes.byref(self._address), ctypes.c_size_t(whole)):
                 raise InsufficientResources(f"staging: {device} has no room for {size} bytes ({fault})")
-            _check("cuIpcGetMemHandle", ctypes.byref(handle), self._address)
-            self.bytes = _view(self._address.value, size)
+            check("cuIpcGetMemHandle", ctypes.byref(handle), self._address)
+            self.bytes = view(self._address.value, size)
         self.name = f"cuda-{bytes(handle.reserved).hex()}"
 
     def take(self, offset: int, size: int) -> torch.Tensor:
@@ -50,7 +50,7 @@ class CudaSegment:
         return self.bytes[offset : offset + size]
 
     def close(self) -> None:
-        _check("cuMemFree_v2", self._address)
+        check("cuMemFree_v2", self._address)
 
 
 class CudaMapping:
@@ -71,41 +71,14 @@ class CudaMapping:
         base, size = ctypes.c_uint64(), ctypes.c_size_t()
         with torch.cuda.device(device):
             torch.cuda.current_stream()
-            fault = _call("cuIpcOpenMemHandle_v2", ctypes.byref(self._address), handle, LAZY_PEER_ACCESS)
+            fault = call("cuIpcOpenMemHandle_v2", ctypes.byref(self._address), handle, LAZY_PEER_ACCESS)
             if fault:
                 failure = Unreachable if fault in NO_WAY else TransferFailed
                 raise failure(f"segment: {name[:16]}... cannot be opened on {device} ({fault})")
-            _check("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), self._address)
-            self.bytes = _view(self._address.value, size.value)
+            check("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), self._address)
+            self.bytes = view(self._address.value, size.value)
         self._device = device
 
     def close(self) -> None:
         torch.cuda.synchronize(self._device)  # nothing of this process writes there any more
-        _check("cuIpcCloseMemHandle", self._address)
-
-
-class _Bytes:
-    """What torch makes a tensor of, without a copy."""
-
-    def __init__(self, address: int, size: int) -> None:
-        self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3}
-
-
-def _view(address: int, size: int) -> torch.Tensor:
-    return torch.as_tensor(_Bytes(address, size))  # naming another device than the memory's would copy it
-
-
-def _call(name: str, *arguments: Any) -> str:
-    """The name of the error, or an empty text."""
-    driver = ctypes.CDLL("libcuda.so.1")
-    code: int = getattr(driver, name)(*arguments)
-    if not code:
-        return ""
-    text = ctypes.c_char_p()
-    driver.cuGetErrorName(code, ctypes.byref(text))
-    return (text.value or str(code).encode()).decode()
-
-
-def _check(name: str, *arguments: Any) -> None:
-    if fault := _call(name, *arguments):
-        raise RuntimeError(f"{name}: {fault}")
+        check("cuIpcCloseMemHandle", self._address)

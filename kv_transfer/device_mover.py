@@ -1,7 +1,12 @@
-"""Copies between a GPU's pages and payloads, by kernels on a stream of its own: the engine's own work goes on."""
+"""Copies between a GPU's pages and payloads, by kernels on a stream of its own: the engine's own work goes on.
+
+What a frame costs here is host time, a dozen microseconds for every call of torch's, so few are made.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,10 +14,16 @@ import torch
 
 from splitserve.engine.kv_cache import KvCache
 from splitserve.kernels.kv_pack import KvRegion, PagedLayers, pack_kv, unpack_kv
+from splitserve.kv_transfer.checksum import signed
+from splitserve.kv_transfer.cuda_driver import copy_async
 from splitserve.kv_transfer.mover import Mark
 from splitserve.kv_transfer.packing import check_pages
 
 SMS = 16  # of the GPU's, which one copy takes: the engine computes on the others
+# Payloads for another GPU of these sizes are packed here first: its copy engines are faster across than SMs.
+BOUNCED_BYTES = range(1 << 20, (64 << 20) + 1)
+BOUNCES, SLOTS = 2, 1024
+WORD_STRIDE = 2  # 16 bytes, so that one compiled kernel does for every word
 
 
 class DeviceMover:
@@ -25,64 +36,144 @@ class DeviceMover:
         self.cache = cache
         self._device = cache.layers[0].device
         self._layers = PagedLayers.of(cache.layers)
-        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._stream, self._copies = _stream(self._device), _stream(self._device)
+        self._bounces: list[_Bounce] = []
+        words = torch.zeros(SLOTS, WORD_STRIDE, dtype=torch.int64, device=self._device)
+        sums = torch.zeros(SLOTS, dtype=torch.int64, pin_memory=True)
+        self._slots = itertools.cycle([_Slot(words[n, :1], sums[n : n + 1]) for n in range(SLOTS)])
+        torch.cuda.current_stream(self._device).synchronize()
 
     def mark(self) -> Mark:
         return _recorded(torch.cuda.current_stream(self._device))
 
     def table(self, pages: Sequence[int], stop_token: int) -> torch.Tensor:
         check_pages(self.cache, pages, stop_token)
-        table = torch.tensor(pages, dtype=torch.int64).pin_memory()
-        with torch.cuda.stream(self._stream):
-            return table.to(self._device, non_blocking=True)
+        return torch.tensor(pages, dtype=torch.int64, pin_memory=True).to(self._device, non_blocking=True)
 
     def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: Mark) -> DeviceMove:
-        with torch.cuda.stream(self._stream):
-            packed = payload if payload.is_cuda else torch.empty_like(payload, device=self._device)
-            total = self._run(pack_kv, table, region, packed, after)
-            staged = None if payload.is_cuda else _to_pinned(packed)
-            return DeviceMove(total, _recorded(self._stream), payload, staged)
+        with _current(self._device):
+            if payload.is_cpu:
+                return self._pack_for_host(table, region, payload, after)
+            if payload.device == self._device or payload.numel() not in BOUNCED_BYTES:
+                return self._run(pack_kv, table, region, payload, after)
+            bounce = self._bounce()
+            packed = bounce.bytes[: payload.numel()]
+            self._stream.wait_event(bounce.free)
+            move = self._run(pack_kv, table, region, packed, after)
+            self._copies.wait_event(move.done)
+            copy_async(payload, packed, self._copies)
+            move.done.record(self._copies)
+            bounce.free = move.done
+            return move
 
     def unpack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: Mark) -> DeviceMove:
+        with _current(self._device):
+            if payload.is_cpu:
+                with torch.cuda.stream(self._stream):
+                    payload = payload.pin_memory().to(self._device, non_blocking=True)
+            return self._run(unpack_kv, table, region, payload, after)
+
+    def _pack_for_host(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: Mark) -> DeviceMove:
         with torch.cuda.stream(self._stream):
-            packed = payload if payload.is_cuda else payload.pin_memory().to(self._device, non_blocking=True)
-            total = self._run(unpack_kv, table, region, packed, after)
-            return DeviceMove(total, _recorded(self._stream), packed, None)
+            packed = torch.empty_like(payload, device=self._device)
+            move = self._run(pack_kv, table, region, packed, after)
+            staged = torch.empty_like(payload, pin_memory=True).copy_(packed, non_blocking=True)
+            move.done.record(self._stream)
+            move.fills = (payload, staged)
+            return move
 
     def _run(
         self, kernel: Callable[..., None], table: torch.Tensor, region: KvRegion, packed: torch.Tensor, after: Mark
-    ) -> torch.Tensor:
-        """The sum, which is on its way to host memory."""
+    ) -> DeviceMove:
         if after is not None:
             self._stream.wait_event(after)
-        total = torch.zeros(1, dtype=torch.int64, device=self._device)
-        kernel(self._layers, table, region, packed, total, SMS)
-        return _to_pinned(total)
+        slot = next(self._slots)
+        move = slot.begin()
+        kernel(self._layers, table, region, packed, slot.word, SMS, self._stream)
+        copy_async(slot.pinned, slot.word, self._stream)
+        move.done.record(self._stream)
+        return move
+
+    def _bounce(self) -> _Bounce:
+        """The buffer that has waited longest."""
+        if len(self._bounces) < BOUNCES:
+            whole = torch.empty(BOUNCED_BYTES[-1], dtype=torch.uint8, device=self._device)
+            bounce = _Bounce(whole, _recorded(torch.cuda.current_stream(self._device)))
+        else:
+            bounce = self._bounces.pop(0)
+        self._bounces.append(bounce)
+        return bounce
 
 
 @dataclass
-class DeviceMove:
-    """`sum` holds, and `payload` or what fills it, `staged`, is whole when `done` has passed."""
+class _Bounce:
+    """Memory for one payload, which the next one may take when `free` has passed."""
 
-    sum: torch.Tensor
-    done: torch.cuda.Event
-    payload: torch.Tensor
-    staged: torch.Tensor | None
+    bytes: torch.Tensor
+    free: torch.cuda.Event
+
+
+class _Slot:
+    """A word on the GPU that moves add their sums to, one after another, and its copy in pinned memory.
+
+    It is never zeroed: a move's sum is what it has grown by. That is a launch less.
+    """
+
+    def __init__(self, word: torch.Tensor, pinned: torch.Tensor) -> None:
+        self.word, self.pinned, self.value = word, pinned, 0
+        self.done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._found = pinned.numpy()
+        self._move: DeviceMove | None = None
+
+    def begin(self) -> DeviceMove:
+        if self._move is not None:
+            self._move.wait()
+        self._move = DeviceMove(self)
+        return self._move
+
+    def growth(self) -> int:
+        """What the move that is done has added."""
+        before, self.value = self.value, int(self._found[0])
+        return signed(self.value - before)
+
+
+class DeviceMove:
+    """A copy that is done when `done` has passed: then the second of `fills`, if any, holds what goes to the first."""
+
+    def __init__(self, slot: _Slot) -> None:
+        self._slot, self.done = slot, slot.done
+        self.fills: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._sum: int | None = None
 
     def total(self) -> int | None:
-        if not self.done.query():  # type: ignore[no-untyped-call]
+        if self._sum is None and not self.done.query():  # type: ignore[no-untyped-call]
             return None
-        if self.staged is not None:
-            self.payload.copy_(self.staged)
-            self.staged = None
-        return int(self.sum)
+        return self.wait()
+
+    def wait(self) -> int:
+        """The sum. Its slot may serve another move from then on."""
+        if self._sum is None:
+            self.done.synchronize()
+            self._sum = self._slot.growth()
+            if self.fills is not None:
+                payload, staged = self.fills
+                payload.copy_(staged)
+                self.fills = None
+        return self._sum
 
     def settle(self) -> None:
         torch.cuda.current_stream().wait_event(self.done)
 
 
-def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes `device` the current one, at no price where it is: in all processes but those of several ranks."""
+    if torch.cuda.current_device() == device.index:
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:

@@ -27,7 +27,7 @@ class Move(Protocol):
 
 
 class Mover(Protocol):
-    """A `payload` is uint8 of its region's size; `after` is a mark, which the copy waits for."""
+    """A `payload` is uint8 of its region's size; `after` is a mark, made after the table, which the copy waits for."""
 
     cache: KvCache
 

@@ -16,7 +16,7 @@ others a lease stands in. A packed message travels sealed, with a hash behind it
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from splitserve.cluster.codec import message, pack, unpack
 from splitserve.cluster.errors import ProtocolError
@@ -49,7 +49,8 @@ class KvFrame:
 
     def identity(self) -> bytes:
         """All of the header but the checksum itself."""
-        return pack(replace(self, checksum=0))
+        where = (self.source_rank, self.target_rank, self.sequence, self.layers, self.tokens, self.offset)
+        return f"{self.transfer_id} {self.epoch} {where}".encode()
 
 
 @message

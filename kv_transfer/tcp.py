@@ -40,10 +40,9 @@ class TcpReceiver:
 
     def receive(self, limit: int) -> list[Arrival]:
         arrivals: list[Arrival] = []
-        with contextlib.suppress(zmq.Again):
-            while len(arrivals) < limit:
-                peer, header, *payload = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-                arrivals.append(Arrival(peer.bytes, header.bytes, payload[0].buffer if payload else None))
+        while len(arrivals) < limit and _has_news(self._socket):
+            peer, header, *payload = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            arrivals.append(Arrival(peer.bytes, header.bytes, payload[0].buffer if payload else None))
         return arrivals
 
     @property
@@ -91,9 +90,8 @@ class TcpSender:
     def receive(self) -> list[bytes]:
         headers: list[bytes] = []
         for address, link in list(self._links.items()):
-            with contextlib.suppress(zmq.Again):
-                while True:
-                    headers.append(link.socket.recv(zmq.NOBLOCK))
+            while _has_news(link.socket):
+                headers.append(link.socket.recv(zmq.NOBLOCK))
             if self.clock() - link.used_at > IDLE_S:
                 link.socket.close(linger=0)
                 del self._links[address]
@@ -134,6 +132,11 @@ def _socket(kind: int, keys: CurveKeys | None, *, server: bool) -> Socket:
     socket.setsockopt(zmq.SNDHWM, QUEUE_MESSAGES)
     socket.setsockopt(zmq.RCVHWM, QUEUE_MESSAGES)
     return socket
+
+
+def _has_news(socket: Socket) -> bool:
+    """Half the price of a `recv` that fails, in loops that mostly find nothing."""
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
 
 def _send(socket: Socket, parts: list[Any]) -> None:

@@ -47,13 +47,13 @@ def poll(ranks: list[DecodeRank], count: int, seconds: float = 60.0) -> list[Rec
     return events
 
 
-@pytest.mark.parametrize("transport", ["cuda_ipc", "tcp"])
+@pytest.mark.parametrize("transport", ["cuda_ipc", "shm", "tcp"])
 @pytest.mark.parametrize(("heads", "planes"), [(4, 2), (2, 2), (1, 1)], ids=["heads", "shared-heads", "latents"])
 @pytest.mark.parametrize(("source_tp", "target_tp"), PAIRS)
 def test_pages_arrive_bit_for_bit(
     open_ends: ExitStack,
     peer: subprocess.Popen[str],
-    transport: Literal["cuda_ipc", "tcp"],
+    transport: Literal["cuda_ipc", "shm", "tcp"],
     heads: int,
     planes: Literal[1, 2],
     source_tp: int,

@@ -55,7 +55,7 @@ def test_payloads_are_those_of_the_host(where: str) -> None:
     target = DeviceMover(filled_cache(2))
     assert total_of(target.unpack(target.table(PAGES, 500), REGION, payload.to(where), target.mark())) == expected
     back = torch.empty(SIZE, dtype=torch.uint8)
-    assert total_of(target.pack(target.table(PAGES, 500), REGION, back, None)) == expected
+    assert total_of(target.pack(target.table(PAGES, 500), REGION, back, target.mark())) == expected
     for left, right in zip(target.cache.layers, filled_cache(2).layers, strict=True):
         untouched = [page for page in range(12) if page not in PAGES]
         assert torch.equal(left[:, untouched], right[:, untouched])
@@ -77,7 +77,7 @@ def test_copies_wait_for_their_mark_and_the_engine_for_settled_copies() -> None:
 def fill(connection: Connection, name: str, device: str) -> None:
     mapping = CudaMapping(name, torch.device(device))
     mover = DeviceMover(filled_cache(4, device))
-    total = total_of(mover.pack(mover.table(PAGES, 500), REGION, mapping.bytes[4096 : 4096 + SIZE], None))
+    total = total_of(mover.pack(mover.table(PAGES, 500), REGION, mapping.bytes[4096 : 4096 + SIZE], mover.mark()))
     connection.send((mapping.bytes.numel(), total))
     connection.recv()
     mapping.close()

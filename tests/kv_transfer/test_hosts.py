@@ -25,7 +25,7 @@ from splitserve.cluster.errors import InsufficientResources, StartupError, Trans
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import RankEndpoint, Ticket
 from splitserve.engine.kv_cache import KvCache
-from splitserve.kv_transfer.cuda_ipc import CudaSegment
+from splitserve.kv_transfer.by_device import new_segment
 from splitserve.kv_transfer.device_mover import DeviceMover
 from splitserve.kv_transfer.mover import HostMover
 from splitserve.kv_transfer.protocol import Freed, Incoming, ReceiveFailed, ReceiverEvent, SendFailed, Sent, Verified
@@ -84,7 +84,7 @@ class DecodeRank:
     ) -> None:
         control = TcpReceiver("127.0.0.1", keys)
         on = torch.device(device)
-        segment = CudaSegment(STAGING_BYTES, on) if transport == "cuda_ipc" else ShmSegment(CLUSTER, STAGING_BYTES)
+        segment = new_segment("shm" if transport == "tcp" else transport, CLUSTER, STAGING_BYTES, on)
         name = "" if transport == "tcp" else segment.name
         self.endpoint = RankEndpoint(control.endpoint, transport, host_id(), name, 4096, 1 << 16)
         self.cache = poisoned_cache(of, 16, on)
