@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from statistics import quantiles
 from typing import Literal
@@ -84,6 +85,7 @@ def write(rows: Sequence[Row]) -> None:
         )
 
 
+@cache
 def hardware() -> str:
     """The GPU if there is one, else the CPU and its cores."""
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -96,6 +98,7 @@ def hardware() -> str:
         return f"{model}, {len(os.sched_getaffinity(0))} cores"
 
 
+@cache
 def commit() -> str:
     """The commit that was measured, marked when the tree differs from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
