@@ -30,14 +30,18 @@ FinishReason = Literal["stop", "length", "cancelled"]
 @message
 @dataclass(frozen=True)
 class RankEndpoint:
-    """Where one decode rank takes KV: its socket, its staging segment and the window of it that is granted."""
+    """Where one decode rank takes KV: its socket, its staging segment and the window of it that is granted.
+
+    `transport` is the way to its segment on its own `host`; `link` is where communicators with it meet, if any do.
+    """
 
     address: str
-    transport: Literal["memory", "cuda_ipc", "shm", "tcp"]
+    transport: Literal["memory", "cuda_ipc", "shm", "nccl", "tcp"]
     host: str
     segment: str
     window_offset: int
     window_bytes: int
+    link: str = ""
 
 
 @message

@@ -218,9 +218,13 @@ class DecodePool(Pool):
 class KvTransfer(_Section):
     """How KV moves from prefill to decode."""
 
-    transport: Literal["auto", "cuda_ipc", "shm", "tcp"] = Field(
+    transport: Literal["auto", "cuda_ipc", "shm", "nccl", "tcp"] = Field(
         default="auto",
-        description="within a host, auto is cuda_ipc between GPUs and shared memory otherwise; between hosts, TCP",
+        description="auto: between GPUs cuda_ipc within a host and nccl between hosts; otherwise shm and tcp",
+    )
+    link_memory: Bytes = Field(
+        default=512 * 2**20,
+        description="memory of a GPU for NCCL communicators with ranks of other hosts, 68MiB each; the idle ones leave",
     )
     host_tier: Bytes = Field(
         default=512 * 2**20,
@@ -229,7 +233,7 @@ class KvTransfer(_Section):
     staging: Bytes | None = Field(
         default=None,
         description="memory of a decode rank for KV on its way, such as 64MiB; "
-        "if unset, 1GiB for cuda_ipc, else 256MiB for GPUs and 64MiB for CPUs",
+        "if unset, 1GiB for cuda_ipc and nccl, else 256MiB for GPUs and 64MiB for CPUs",
     )
     lease_s: Seconds = Field(
         default=10.0, description="time without progress after which a transfer is given up, in seconds"
@@ -331,22 +335,32 @@ class Topology(_Section):
         return ("colocated",) if self.colocated else ("prefill", "decode")
 
     @property
-    def local_transport(self) -> Literal["cuda_ipc", "shm", "tcp"]:
+    def local_transport(self) -> Literal["cuda_ipc", "shm", "nccl", "tcp"]:
         """How KV gets from a prefill to a decode rank of the same host."""
         if self.kv_transfer.transport != "auto":
             return self.kv_transfer.transport
-        on_gpus = self.prefill is not None and self.prefill.device == self.decode.device == "cuda"
-        return "cuda_ipc" if on_gpus else "shm"
+        return "cuda_ipc" if self._between_gpus else "shm"
+
+    @property
+    def remote_transport(self) -> Literal["nccl", "tcp"]:
+        """How KV gets to a rank of another host."""
+        return "nccl" if self._between_gpus and self.kv_transfer.transport in ("auto", "nccl") else "tcp"
+
+    @property
+    def _between_gpus(self) -> bool:
+        return self.prefill is not None and self.prefill.device == self.decode.device == "cuda"
 
     @property
     def staging(self) -> int:
-        """Bytes of a decode rank for KV on its way: of its GPU for cuda_ipc, of its host otherwise."""
+        """Bytes of a decode rank for KV on its way: of its GPU for cuda_ipc and nccl, of its host otherwise."""
         on_host = 256 if self.decode.device == "cuda" else 64
-        return self.kv_transfer.staging or (1024 if self.local_transport == "cuda_ipc" else on_host) * 2**20
+        return self.kv_transfer.staging or (1024 if self.local_transport in ("cuda_ipc", "nccl") else on_host) * 2**20
 
     def gpu_staging(self, role: Role) -> int:
-        """What of a rank's GPU is staging."""
-        return self.staging if role == "decode" and self.local_transport == "cuda_ipc" else 0
+        """What of a rank's GPU is for KV on its way: staging, and communicators where it comes from other hosts."""
+        staging = self.staging if role == "decode" and self.local_transport in ("cuda_ipc", "nccl") else 0
+        linked = self.remote_transport == "nccl" and (self.hosts.count > 1 or self.local_transport == "nccl")
+        return staging + (self.kv_transfer.link_memory if linked else 0)
 
     def pool(self, role: Role) -> PrefillPool | DecodePool:
         """The pool of `role`. Raises KeyError for a role that this cluster does not have."""

@@ -23,13 +23,14 @@ from splitserve.engine.device_sampler import DeviceSampler, HostSampler
 from splitserve.engine.ranks import Ranks, RankService
 from splitserve.engine.runner import ModelRunner
 from splitserve.engine.serving import Engine, Send
-from splitserve.kv_transfer.by_device import new_host_sender, new_mover, new_segment
+from splitserve.kv_transfer.by_device import new_host_sender, new_linked_receiver, new_mover, new_segment
 from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.segments import Segment, SegmentReceiver
 from splitserve.kv_transfer.sender import KvSender
 from splitserve.kv_transfer.shm import host_id, sweep
 from splitserve.kv_transfer.staging import WindowAllocator
 from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender
+from splitserve.kv_transfer.transport import ReceiverTransport
 from splitserve.prefill_worker.engine import PrefillEngine, PrefillLimits
 from splitserve.prefill_worker.outlet import KvOutlet, SendOutlet, SendService
 
@@ -89,17 +90,24 @@ def build_engine(leader: Leader) -> Engine:
 
 
 def _prefill_rank(spec: RankSpec, runner: ModelRunner) -> RankParts:
-    transport = new_host_sender(TcpSender(time.monotonic, spec.keys), torch.device(spec.device))
+    device, kv_transfer = torch.device(spec.device), spec.topology.kv_transfer
+    transport = new_host_sender(TcpSender(time.monotonic, spec.keys), device, kv_transfer.link_memory)
     sender = KvSender(new_mover(runner.cache), spec.tp_rank, transport, time.monotonic)
     return RankParts((SendService(runner, sender),), None, sender.close)
 
 
 def _decode_rank(spec: RankSpec, runner: ModelRunner, services: tuple[RankService, ...]) -> RankParts:
-    control, staging = TcpReceiver(spec.bind, spec.keys), spec.topology.staging
-    kind, segment = spec.topology.local_transport, _segment(spec)
-    transport = SegmentReceiver(control, segment) if segment else control
-    receiver = KvReceiver(new_mover(runner.cache), spec.tp_rank, staging, transport, time.monotonic)
-    endpoint = RankEndpoint(control.endpoint, kind, host_id(), segment.name if segment else "", 0, 0)
+    topology, link = spec.topology, ""
+    control, segment = TcpReceiver(spec.bind, spec.keys), _segment(spec)
+    transport: ReceiverTransport = control
+    if segment is not None and topology.remote_transport == "nccl":
+        memory, device = topology.kv_transfer.link_memory, torch.device(spec.device)
+        transport, link = new_linked_receiver(control, segment, device, memory, spec.bind)
+    if segment is not None:
+        transport = SegmentReceiver(transport, segment)
+    receiver = KvReceiver(new_mover(runner.cache), spec.tp_rank, topology.staging, transport, time.monotonic)
+    name = segment.name if segment else ""
+    endpoint = RankEndpoint(control.endpoint, topology.local_transport, host_id(), name, 0, 0, link)
     return RankParts((*services, ReceiveService(receiver)), endpoint, receiver.close)
 
 

@@ -73,7 +73,7 @@ class Link:
 
     prefill: str
     decode: str
-    transport: Literal["cuda_ipc", "shm", "tcp"]
+    transport: Literal["cuda_ipc", "shm", "nccl", "tcp"]
 
 
 @dataclass(frozen=True)
@@ -232,16 +232,18 @@ def _links(file: TopologyFile, pools: tuple[PoolPlan, ...]) -> tuple[Link, ...]:
     if file.topology.colocated:
         return ()
     prefill, decode = pools
-    chosen, local = file.topology.kv_transfer.transport, file.topology.local_transport
-    if local == "cuda_ipc" and "cpu" in (prefill.device, decode.device):
+    chosen, topology = file.topology.kv_transfer.transport, file.topology
+    if topology.local_transport in ("cuda_ipc", "nccl") and "cpu" in (prefill.device, decode.device):
         expected = "it needs both pools on GPUs: expected auto, shm or tcp"
         raise TopologyErrors([file.error("kv_transfer.transport", chosen, expected)])
     links = []
     for source in prefill.engines:
         for target in decode.engines:
             together = len(source.hosts | target.hosts) == 1
-            if chosen not in ("auto", "tcp") and not together:
-                expected = f"{source.id} and {target.id} are on different hosts: expected auto or tcp"
+            if chosen in ("cuda_ipc", "shm") and not together:
+                expected = f"{source.id} and {target.id} are on different hosts: expected auto, nccl or tcp"
                 raise TopologyErrors([file.error("kv_transfer.transport", chosen, expected)])
-            links.append(Link(source.id, target.id, local if together else "tcp"))
+            links.append(
+                Link(source.id, target.id, topology.local_transport if together else topology.remote_transport)
+            )
     return tuple(links)

@@ -101,7 +101,7 @@ class MemorySender:
             return torch.empty(size, dtype=torch.uint8)
         return self._network.staging[target.segment][offset : offset + size]
 
-    def send(self, target: RankEndpoint, header: bytes, payload: torch.Tensor | None = None) -> None:
+    def send(self, target: RankEndpoint, header: bytes, payload: torch.Tensor | None = None, offset: int = 0) -> None:
         carried = None if payload is None or target.segment else payload.numpy().tobytes()
         self._network.post(target.address, self._address, header, carried)
 
@@ -114,6 +114,7 @@ class MemorySender:
 
 class MemoryReceiver:
     sockets: ClassVar[list[Socket]] = []
+    busy = False
 
     def __init__(self, network: MemoryNetwork, address: str, staging_bytes: int) -> None:
         self._network, self._address = network, address

@@ -173,7 +173,7 @@ ReceiverEvent = Verified | ReceiveFailed | Freed
 SenderEvent = Sent | SendFailed
 
 
-def seal(item: FromSender | FromReceiver) -> bytes:
+def seal(item: object) -> bytes:
     data = pack(item)
     return data + _digest(data)
 

@@ -70,8 +70,8 @@ class KvReceiver:
 
     @property
     def busy(self) -> bool:
-        """Whether a device writes what has come into pages, as `poll` last saw it."""
-        return any(reception.landings for reception in self._receptions.values())
+        """Whether payloads are on their way, or a device writes them into pages, as `poll` last saw it."""
+        return self._transport.busy or any(reception.landings for reception in self._receptions.values())
 
     @property
     def resident(self) -> dict[str, TransferState]:

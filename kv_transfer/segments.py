@@ -17,8 +17,8 @@ from splitserve.cluster.channel import Socket
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.messages import RankEndpoint
 from splitserve.kv_transfer.staging import FrameSizes
-from splitserve.kv_transfer.tcp import IDLE_S, TcpReceiver, TcpSender
-from splitserve.kv_transfer.transport import Arrival
+from splitserve.kv_transfer.tcp import IDLE_S
+from splitserve.kv_transfer.transport import Arrival, ReceiverTransport, SenderTransport
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +28,10 @@ class Unreachable(TransferFailed):
 
 
 class Segment(Protocol):
-    """A receiver's staging area, which others attach by its `name`."""
+    """A receiver's staging area, `bytes` uint8 [its size], which others attach by its `name`."""
 
     name: str
+    bytes: torch.Tensor
 
     def take(self, offset: int, size: int) -> torch.Tensor:
         """uint8 [size], valid until the next call: what lies at `offset`, for a mover to sum as it reads it."""
@@ -54,7 +55,7 @@ Attach = Callable[[str], AttachedSegment]
 class SegmentReceiver:
     """Takes frames whose payload lies in `segment`, and those that bring theirs along."""
 
-    def __init__(self, control: TcpReceiver, segment: Segment) -> None:
+    def __init__(self, control: ReceiverTransport, segment: Segment) -> None:
         self._control, self._segment = control, segment
 
     def receive(self, limit: int) -> list[Arrival]:
@@ -63,6 +64,10 @@ class SegmentReceiver:
     @property
     def sockets(self) -> list[Socket]:
         return self._control.sockets
+
+    @property
+    def busy(self) -> bool:
+        return self._control.busy
 
     def take(self, arrival: Arrival, offset: int, size: int) -> torch.Tensor:
         if arrival.payload is not None:
@@ -84,13 +89,15 @@ class _Attached:
 
 
 class HostSender:
-    """Writes into segments of this `host` that it can attach, and sends payloads over TCP to all other targets.
+    """Writes into segments of this `host` that it can attach, and leaves all other targets to `control`.
 
     `attach` has a function for each transport of `RankEndpoint` that it knows; one that raises Unreachable is not asked
     again for that segment. A segment that was not used for a minute is let go of.
     """
 
-    def __init__(self, control: TcpSender, host: str, attach: Mapping[str, Attach], clock: Callable[[], float]) -> None:
+    def __init__(
+        self, control: SenderTransport, host: str, attach: Mapping[str, Attach], clock: Callable[[], float]
+    ) -> None:
         self._control, self._host, self._attach, self._clock = control, host, attach, clock
         self._attached: dict[str, _Attached] = {}
         self._unreachable: set[str] = set()
@@ -103,7 +110,7 @@ class HostSender:
         segment = self._segment(target)
         return self._control.frame_sizes(target) if segment is None else segment.frame_sizes
 
-    def place(self, target: RankEndpoint, offset: int, size: int) -> torch.Tensor:
+    def place(self, target: RankEndpoint, offset: int, size: int) -> torch.Tensor | None:
         segment = self._segment(target)
         if segment is None:
             return self._control.place(target, offset, size)
@@ -112,8 +119,8 @@ class HostSender:
             raise TransferFailed(f"segment: {found}; a frame ends at {offset + size}")
         return segment.bytes[offset : offset + size]
 
-    def send(self, target: RankEndpoint, header: bytes, payload: torch.Tensor | None = None) -> None:
-        self._control.send(target, header, None if self._reaches(target) else payload)
+    def send(self, target: RankEndpoint, header: bytes, payload: torch.Tensor | None = None, offset: int = 0) -> None:
+        self._control.send(target, header, None if self._reaches(target) else payload, offset)
 
     def receive(self) -> list[bytes]:
         for name, attached in list(self._attached.items()):
@@ -144,7 +151,7 @@ class HostSender:
             try:
                 attached = _Attached(self._attach[target.transport](target.segment), self._clock())
             except Unreachable as error:
-                logger.warning("KV for %s goes over TCP: %s", target.address, error)
+                logger.warning("KV for %s takes another way: %s", target.address, error)
                 self._unreachable.add(target.segment)
                 return None
             self._attached[target.segment] = attached

@@ -179,11 +179,13 @@ class KvSender:
 
     def _pack(self, outgoing: Outgoing, flight: Flight) -> None:
         """Pack a frame, anew each time it is sent: the pages keep its content, so that no copy has to wait."""
-        flight.due = self._clock() + outgoing.ticket.lease_s / TRIES_PER_LEASE
         frame, lane = flight.frame, flight.lane
         region = KvRegion(frame.layers, lane.piece.source_heads, frame.tokens)
         size = lane.token_bytes * (frame.layers[1] - frame.layers[0]) * (frame.tokens[1] - frame.tokens[0])
         flight.payload = self._transport.place(lane.target, frame.offset, size)
+        if flight.payload is None:
+            return
+        flight.due = self._clock() + outgoing.ticket.lease_s / TRIES_PER_LEASE
         written = outgoing.marks[frame.layers[1] - 1]
         flight.move = self._mover.pack(outgoing.table, region, flight.payload, after=written)
 
@@ -196,7 +198,7 @@ class KvSender:
             self._land(outgoing, flight)
             return
         frame = replace(flight.frame, checksum=bind(total, flight.frame.identity(), payload.numel()))
-        self._transport.send(flight.lane.target, seal(frame), payload)
+        self._transport.send(flight.lane.target, seal(frame), payload, frame.offset)
 
     def _land(self, outgoing: Outgoing, flight: Flight) -> None:
         """The receiver has the frame: its slot is free again."""

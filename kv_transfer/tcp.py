@@ -21,6 +21,7 @@ from splitserve.kv_transfer.staging import HOST_FRAMES, FrameSizes
 from splitserve.kv_transfer.transport import Arrival
 
 QUEUE_MESSAGES = 256
+MOST_BYTES = 64 << 20
 IDLE_S = 60.0
 
 
@@ -48,6 +49,10 @@ class TcpReceiver:
     @property
     def sockets(self) -> list[Socket]:
         return [self._socket]
+
+    @property
+    def busy(self) -> bool:
+        return False
 
     def take(self, arrival: Arrival, offset: int, size: int) -> torch.Tensor:
         found = 0 if arrival.payload is None else len(arrival.payload)
@@ -84,8 +89,12 @@ class TcpSender:
     def place(self, target: RankEndpoint, offset: int, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8)
 
-    def send(self, target: RankEndpoint, header: bytes, payload: torch.Tensor | None = None) -> None:
-        _send(self._link(target.address), [header] if payload is None else [header, payload.numpy()])
+    def send(self, target: RankEndpoint, header: bytes, payload: torch.Tensor | None = None, offset: int = 0) -> None:
+        self.send_parts(target, [header] if payload is None else [header, payload.numpy()])
+
+    def send_parts(self, target: RankEndpoint, parts: list[Any]) -> None:
+        """Send a message of one or two parts."""
+        _send(self._link(target.address), parts)
 
     def receive(self) -> list[bytes]:
         headers: list[bytes] = []
@@ -128,7 +137,7 @@ def _socket(kind: int, keys: CurveKeys | None, *, server: bool) -> Socket:
     socket: Socket = zmq.Context.instance().socket(kind)
     secure(socket, keys, server=server)
     # Payloads queue here, so bounds are tighter than for other messages. What does not fit is lost, and sent again.
-    socket.setsockopt(zmq.MAXMSGSIZE, 2 * HOST_FRAMES.most)
+    socket.setsockopt(zmq.MAXMSGSIZE, MOST_BYTES)
     socket.setsockopt(zmq.SNDHWM, QUEUE_MESSAGES)
     socket.setsockopt(zmq.RCVHWM, QUEUE_MESSAGES)
     return socket

@@ -1,4 +1,7 @@
-"""What carries frames from a sending to a receiving rank: tcp.py, segments.py, and memory.py (a fake with faults).
+"""What carries frames from a sending to a receiving rank.
+
+Over TCP (tcp.py), between hosts through NCCL (linked.py), within one through memory that both reach (segments.py), and
+within a process, with faults, for tests (memory.py).
 
 A transport moves bytes and knows nothing of transfers. It may lose, repeat, delay, reorder or damage whatever it
 carries; sender and receiver are built for that. It never raises for what a peer did.
@@ -32,14 +35,15 @@ class SenderTransport(Protocol):
     def frame_sizes(self, target: RankEndpoint) -> FrameSizes:
         """What payloads for `target` should take. Raises as `connect` does."""
 
-    def place(self, target: RankEndpoint, offset: int, size: int) -> torch.Tensor:
+    def place(self, target: RankEndpoint, offset: int, size: int) -> torch.Tensor | None:
         """Where to pack `size` bytes meant for `offset` of the target's staging: uint8, on a GPU if that is there.
 
-        Raises TransferFailed when the target's staging is gone or does not have that place.
+        None while there is no room to pack. Raises TransferFailed when the target's staging is gone or does not have
+        that place.
         """
 
-    def send(self, target: RankEndpoint, header: bytes, payload: torch.Tensor | None = None) -> None:
-        """Send without waiting. `payload` is what `place` returned, filled; it is not touched again."""
+    def send(self, target: RankEndpoint, header: bytes, payload: torch.Tensor | None = None, offset: int = 0) -> None:
+        """Send without waiting. `payload` is what `place` returned for `offset`, filled; it is not touched again."""
 
     def receive(self) -> list[bytes]:
         """Sealed replies that have come."""
@@ -58,6 +62,10 @@ class ReceiverTransport(Protocol):
     @property
     def sockets(self) -> list[Socket]:
         """Those that `receive` reads, for whoever waits for news."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether payloads are on their way in, which no socket tells of."""
 
     def take(self, arrival: Arrival, offset: int, size: int) -> torch.Tensor:
         """The arrival's payload, uint8 [size], valid until the next call.

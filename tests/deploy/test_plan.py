@@ -128,7 +128,7 @@ def test_deepseek_v3() -> None:
     assert [rank.name for rank in prefill.engines[9].ranks] == [f"prefill/1/{rank}" for rank in range(4, 8)]
     assert prefill.kv_layout.bytes_per_token == decode.kv_layout.bytes_per_token == 70_272
     assert (plan.gpus, plan.hosts, len(plan.links)) == (128, 16, 16 * 64)
-    assert {link.transport for link in plan.links} == {"tcp"}
+    assert {link.transport for link in plan.links} == {"nccl"}
     text = render_plan(plan)
     assert "671.0B parameters" in text
     assert "70,272 bytes of KV a token" in text
@@ -169,15 +169,37 @@ def test_transports_follow_the_hosts(tmp_path: Path) -> None:
 
 def test_kv_goes_from_gpu_to_gpu_where_both_pools_have_them(tmp_path: Path) -> None:
     cuda = {"device": "cuda", "kv_memory": "1GiB"}
-    raw: dict[str, Any] = {"prefill": cuda | {"replicas": 2}, "decode": cuda, "hosts": {"gpus": 4}}
+    raw: dict[str, Any] = {"prefill": cuda, "decode": cuda | {"replicas": 2}, "hosts": {"gpus": 4}}
     plan = plan_text(tmp_path, raw)
     assert {link.transport for link in plan.links} == {"cuda_ipc"}
     assert "2 engine pairs over cuda_ipc" in render_plan(plan)
     assert plan.topology.staging == 1 << 30
-    raw["prefill"] = {"device": "cpu"}
-    assert {link.transport for link in plan_text(tmp_path, raw).links} == {"shm"}
+    raw |= {"hosts": {"count": 2, "gpus": 2}, "security": {"bind": "node"}}
+    assert [link.transport for link in plan_text(tmp_path, raw).links] == ["cuda_ipc", "nccl"]
+    for transport in ("nccl", "tcp"):
+        raw["kv_transfer"] = {"transport": transport}
+        assert {link.transport for link in plan_text(tmp_path, raw).links} == {transport}
     raw["kv_transfer"] = {"transport": "cuda_ipc"}
+    assert "expected auto, nccl or tcp" in faults_of(tmp_path, raw)["kv_transfer.transport"].expected
+
+
+@pytest.mark.parametrize("transport", ["cuda_ipc", "nccl"])
+def test_ways_between_gpus_need_both_pools_on_gpus(tmp_path: Path, transport: str) -> None:
+    raw: dict[str, Any] = {"decode": {"device": "cuda", "kv_memory": "1GiB"}, "hosts": {"gpus": 1}}
+    assert {link.transport for link in plan_text(tmp_path, raw).links} == {"shm"}
+    raw["kv_transfer"] = {"transport": transport}
     assert "both pools on GPUs" in faults_of(tmp_path, raw)["kv_transfer.transport"].expected
+
+
+def test_communicators_between_hosts_count_as_memory_of_both(tmp_path: Path) -> None:
+    cuda = {"device": "cuda", "kv_memory": "3GiB"}
+    raw: dict[str, Any] = {"prefill": cuda, "decode": cuda, "hosts": {"gpus": 2, "gpu_memory": "8GiB"}}
+    assert plan_text(tmp_path, raw).topology.gpu_staging("prefill") == 0
+    raw["kv_transfer"] = {"transport": "nccl", "link_memory": "2GiB", "staging": "2GiB"}
+    faults = faults_of(tmp_path, raw)
+    assert set(faults) == {"prefill.kv_memory", "decode.kv_memory"}
+    assert "2 GiB of staging" in faults["prefill.kv_memory"].expected
+    assert "4 GiB of staging" in faults["decode.kv_memory"].expected
 
 
 def test_staging_on_a_gpu_counts_as_memory_of_decode_alone(tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ import torch
 from splitserve.cluster.codec import unpack
 from splitserve.cluster.messages import Ticket
 from splitserve.kv_transfer.by_device import new_host_sender, new_mover
+from splitserve.kv_transfer.linked import LinkedSender
 from splitserve.kv_transfer.protocol import SenderEvent
+from splitserve.kv_transfer.segments import HostSender
 from splitserve.kv_transfer.sender import KvSender
 from splitserve.kv_transfer.tcp import TcpSender
 from tests.kv_transfer.ranks import HAND_OFF, dense_kv, poisoned_cache, write
-from tests.kv_transfer.test_hosts import SOURCE_PAGES, TOKENS
+from tests.kv_transfer.test_hosts import LINK_MEMORY, SOURCE_PAGES, TOKENS
 
 
 def main() -> None:
@@ -31,14 +33,19 @@ def send(share: float, devices: list[str], packed: bytes) -> None:
     ticket = unpack(packed)
     assert isinstance(ticket, Ticket)
     source = replace(ticket.layout, tp=len(devices), page_size=16)
-    senders = []
+    senders: list[KvSender] = []
+    transports: list[HostSender] = []
     for rank, device in enumerate(devices):
         cache = poisoned_cache(source, 16, torch.device(device))
         write(cache, rank, SOURCE_PAGES, dense_kv(source, TOKENS), range(TOKENS))
-        transport = new_host_sender(TcpSender(time.monotonic), torch.device(device))
-        senders.append(KvSender(new_mover(cache), rank, transport, time.monotonic))
+        transports.append(new_host_sender(TcpSender(time.monotonic), torch.device(device), LINK_MEMORY))
+        senders.append(KvSender(new_mover(cache), rank, transports[-1], time.monotonic))
     for sender in senders:
         sender.begin(ticket, SOURCE_PAGES)
+    if any(endpoint.link for endpoint in ticket.endpoints):
+        while not all(linked(transport) for transport in transports):
+            pump(senders, seconds=0.01)
+    for sender in senders:
         sender.ready([(ticket.transfer_id, int(TOKENS * share))], range(source.num_layers))
     if share < 1:
         pump(senders, seconds=0.5)
@@ -48,6 +55,15 @@ def send(share: float, devices: list[str], packed: bytes) -> None:
     print(pump(senders, seconds=30), flush=True)
     for sender in senders:
         sender.close()
+
+
+def linked(transport: HostSender) -> bool:
+    """Whether all its links are up. Raises RuntimeError when one has failed."""
+    assert isinstance(transport._control, LinkedSender)
+    links = transport._control.links
+    if any(link.state == "down" for link in links):
+        raise RuntimeError(str([link.reason for link in links]))
+    return bool(links) and all(link.state == "up" for link in links)
 
 
 def pump(senders: list[KvSender], seconds: float) -> list[SenderEvent]:

@@ -25,7 +25,7 @@ from splitserve.cluster.errors import InsufficientResources, StartupError, Trans
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import RankEndpoint, Ticket
 from splitserve.engine.kv_cache import KvCache
-from splitserve.kv_transfer.by_device import new_segment
+from splitserve.kv_transfer.by_device import new_linked_receiver, new_segment
 from splitserve.kv_transfer.device_mover import DeviceMover
 from splitserve.kv_transfer.mover import HostMover
 from splitserve.kv_transfer.protocol import Freed, Incoming, ReceiveFailed, ReceiverEvent, SendFailed, Sent, Verified
@@ -34,7 +34,7 @@ from splitserve.kv_transfer.segments import HostSender, SegmentReceiver, Unreach
 from splitserve.kv_transfer.sender import KvSender
 from splitserve.kv_transfer.shm import FOLDER, ShmMapping, ShmSegment, host_id, sweep
 from splitserve.kv_transfer.staging import HOST_FRAMES, FrameSizes
-from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender
+from splitserve.kv_transfer.tcp import MOST_BYTES, TcpReceiver, TcpSender
 from tests.kv_transfer.ranks import (
     HAND_OFF,
     POISON,
@@ -50,6 +50,7 @@ ROOT = Path(__file__).parents[2]
 CLUSTER = f"kvtest{os.getpid()}"
 STAGING_BYTES = 1 << 20
 TOKENS = 57
+LINK_MEMORY = 1 << 29
 SOURCE = layout(1, page_size=16)
 TARGET = layout(1, page_size=5)
 SOURCE_PAGES, TARGET_PAGES = [3, 1, 9, 0], [2, 15, 4, 8, 1, 0, 11, 12, 13, 5, 6, 7]
@@ -78,18 +79,21 @@ class DecodeRank:
         open_ends: ExitStack,
         of: KvLayout = TARGET,
         rank: int = 0,
-        transport: Literal["cuda_ipc", "shm", "tcp"] = "shm",
+        transport: Literal["cuda_ipc", "shm", "nccl", "tcp"] = "shm",
         keys: CurveKeys | None = None,
         device: str = "cpu",
     ) -> None:
-        control = TcpReceiver("127.0.0.1", keys)
-        on = torch.device(device)
+        control, on = TcpReceiver("127.0.0.1", keys), torch.device(device)
         segment = new_segment("shm" if transport == "tcp" else transport, CLUSTER, STAGING_BYTES, on)
-        name = "" if transport == "tcp" else segment.name
+        name, self.linked = "" if transport == "tcp" else segment.name, None
         self.endpoint = RankEndpoint(control.endpoint, transport, host_id(), name, 4096, 1 << 16)
+        if transport == "nccl":
+            self.linked, link = new_linked_receiver(control, segment, on, LINK_MEMORY, "127.0.0.1")
+            self.endpoint = replace(self.endpoint, link=link)
         self.cache = poisoned_cache(of, 16, on)
         mover = HostMover(self.cache) if device == "cpu" else DeviceMover(self.cache)
-        self.receiver = KvReceiver(mover, rank, STAGING_BYTES, SegmentReceiver(control, segment), time.monotonic)
+        arrivals = SegmentReceiver(self.linked or control, segment)
+        self.receiver = KvReceiver(mover, rank, STAGING_BYTES, arrivals, time.monotonic)
         open_ends.callback(self.receiver.close)
 
     def open(self, ticket: Ticket, source: KvLayout, pages: list[int]) -> None:
@@ -110,6 +114,12 @@ class DecodeRank:
 
 def grant(ranks: list[DecodeRank], of: KvLayout, lease_s: float = 20.0) -> Ticket:
     return Ticket("r/0", 7 << 32, of, 0, TOKENS, lease_s, tuple(rank.endpoint for rank in ranks))
+
+
+def placed(sender: HostSender, target: RankEndpoint, offset: int, size: int) -> torch.Tensor:
+    place = sender.place(target, offset, size)
+    assert place is not None
+    return place
 
 
 def host_sender(keys: CurveKeys | None = None, host: str | None = None) -> HostSender:
@@ -257,7 +267,7 @@ def test_a_window_beyond_the_segment_ends_the_transfer(open_ends: ExitStack) -> 
 def test_another_host_gets_its_payload_over_tcp(open_ends: ExitStack) -> None:
     decode = DecodeRank(open_ends)
     sender = open_ends.enter_context(closing(host_sender(host="another host")))
-    payload = sender.place(decode.endpoint, 4096, 64)
+    payload = placed(sender, decode.endpoint, 4096, 64)
     sender.send(decode.endpoint, b"header", payload.fill_(5))
     transport = decode.receiver._transport
     while not (arrivals := transport.receive(1)):
@@ -270,12 +280,12 @@ def test_another_host_gets_its_payload_over_tcp(open_ends: ExitStack) -> None:
 def test_what_is_taken_from_shared_memory_no_longer_changes(open_ends: ExitStack) -> None:
     decode = DecodeRank(open_ends)
     sender = open_ends.enter_context(closing(host_sender()))
-    sender.send(decode.endpoint, b"header", sender.place(decode.endpoint, 4096, 64).fill_(5))
+    sender.send(decode.endpoint, b"header", placed(sender, decode.endpoint, 4096, 64).fill_(5))
     transport = decode.receiver._transport
     while not (arrivals := transport.receive(1)):
         time.sleep(0.001)
     taken = transport.take(arrivals[0], 4096, 64)
-    sender.place(decode.endpoint, 4096, 64).fill_(6)
+    placed(sender, decode.endpoint, 4096, 64).fill_(6)
     assert taken.tolist() == [5] * 64
 
 
@@ -306,7 +316,7 @@ def test_a_segment_without_a_way_to_it_gets_its_payload_over_tcp(open_ends: Exit
     target = on_a_gpu(decode)
     sender.connect(target)
     assert sender.frame_sizes(target) == HOST_FRAMES
-    sender.send(target, b"header", sender.place(target, 0, 64).fill_(5))
+    sender.send(target, b"header", placed(sender, target, 0, 64).fill_(5))
     transport = decode.receiver._transport
     while not (arrivals := transport.receive(1)):
         time.sleep(0.001)
@@ -327,7 +337,7 @@ def test_a_segment_is_let_go_of_when_it_was_idle(open_ends: ExitStack) -> None:
     sender.connect(target)
     assert sender.frame_sizes(target) == FrameSizes(64, 1024)
     now = 50.0
-    sender.place(target, 0, 64).fill_(5)
+    placed(sender, target, 0, 64).fill_(5)
     now = 70.0
     sender.receive()
     assert [segment.closed for segment in lent] == [False]
@@ -350,7 +360,7 @@ def test_oversized_messages_and_strangers_do_no_harm(open_ends: ExitStack) -> No
         stranger.connect(decode.endpoint.address)
         stranger.send_multipart([b"", b"", b"", b""])
         stranger.send(b"x" * 20_000)
-        stranger.send(b"x" * (9 << 20))
+        stranger.send(b"x" * (MOST_BYTES + 1))
         port = int(decode.endpoint.address.rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port)) as raw:
             raw.sendall(os.urandom(4096))
