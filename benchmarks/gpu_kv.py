@@ -2,7 +2,9 @@
 
 A prefill rank on cuda:1 sends all layers of a prompt to a decode rank on cuda:0: packing, the way, the checksum and
 scattering included, from when the KV lies in the source's pages until it is verified in the target's. The peer is
-NCCL's send and receive of as many bytes, one message, between the same GPUs, in the same run.
+NCCL's send and receive of as many bytes, one message, between the same GPUs, in the same run: with all channels that it
+takes by itself for `cuda_ipc`, with as many as our links have for `nccl`. For `shm`, through host memory, it is the
+slower of two copies of as many bytes from and to pinned memory.
 
     python -m benchmarks.gpu_kv
 """
@@ -13,20 +15,23 @@ import multiprocessing
 import time
 from multiprocessing.queues import SimpleQueue
 from statistics import median
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.kv_pair import kv_pair
+from benchmarks.kv_pair import KvWay, kv_pair
 from benchmarks.rows import Figure, Row, write
 from splitserve.cluster.layout import KvLayout
+from splitserve.kv_transfer.nccl import CHANNELS
 
 SHAPES = {
     "v2lite": KvLayout(1, 27, 1, 1, 576, 64, "bfloat16"),
     "llama-8b": KvLayout(1, 32, 2, 8, 128, 64, "bfloat16"),
 }
 TOKENS = {"128": 128, "2k": 2048, "8k": 8192, "32k": 32768}
-STAGING, REPEATS = 1 << 30, 20  # of which a transfer gets a quarter, as in a cluster
+STAGING = {"cuda_ipc": 1 << 30, "nccl": 1 << 30, "shm": 256 << 20}  # of which a transfer gets a quarter
+REPEATS = 20
 STORE = "tcp://127.0.0.1:29571"
 
 
@@ -34,28 +39,58 @@ def main() -> None:
     if torch.cuda.device_count() < 2:
         raise SystemExit("this benchmark needs two GPUs")
     sizes = [layout.bytes_per_token * tokens for layout in SHAPES.values() for tokens in TOKENS.values()]
-    raw = dict(zip(sizes, nccl_seconds(sizes), strict=True))
-    for shape, layout in SHAPES.items():
-        with kv_pair(layout, max(TOKENS.values()), "cuda_ipc", STAGING // 4, "cuda:1", "cuda:0") as pair:
-            for name, tokens in TOKENS.items():
-                size = layout.bytes_per_token * tokens
-                seconds = [pair.seconds(tokens) for _ in range(REPEATS + 3)][3:]
-                times, rates = Figure.of([each * 1e3 for each in seconds]), [size / each / 1e9 for each in seconds]
-                peer_ms, peer_gb = raw[size] * 1e3, size / raw[size] / 1e9
-                case = f"{shape} {name}, cuda_ipc"
-                write(
-                    [
-                        Row("kv", case, "hand-off", "ms", times, "nccl", peer_ms, "lower"),
-                        Row("kv", case, "throughput", "GB/s", Figure.of(rates), "nccl", peer_gb, "higher"),
-                    ]
-                )
+    peers = {
+        "cuda_ipc": ("nccl", dict(zip(sizes, nccl_seconds(sizes, 0), strict=True))),
+        "nccl": (f"nccl, {CHANNELS} channels", dict(zip(sizes, nccl_seconds(sizes, CHANNELS), strict=True))),
+        "shm": ("pinned memory", {size: pinned_seconds(size) for size in sizes}),
+    }
+    for way, (peer, peer_seconds) in peers.items():
+        for shape, layout in SHAPES.items():
+            measure(cast(KvWay, way), shape, layout, peer, peer_seconds)
 
 
-def nccl_seconds(sizes: list[int]) -> list[float]:
-    """The median time of one send and receive of each of `sizes` bytes."""
+def measure(way: KvWay, shape: str, layout: KvLayout, peer: str, peer_seconds: dict[int, float]) -> None:
+    free = torch.cuda.mem_get_info(0)[0]
+    with kv_pair(layout, max(TOKENS.values()), way, STAGING[way] // 4, "cuda:1", "cuda:0") as pair:
+        if way == "nccl":
+            write([Row("kv", f"{shape}, nccl", "first link", "s", Figure.of([pair.link()]), "none", None, "lower")])
+        for name, tokens in TOKENS.items():
+            size = layout.bytes_per_token * tokens
+            seconds = [pair.seconds(tokens) for _ in range(REPEATS + 3)][3:]
+            times, rates = Figure.of([each * 1e3 for each in seconds]), [size / each / 1e9 for each in seconds]
+            peer_ms, peer_gb = peer_seconds[size] * 1e3, size / peer_seconds[size] / 1e9
+            case = f"{shape} {name}, {way}"
+            write(
+                [
+                    Row("kv", case, "hand-off", "ms", times, peer, peer_ms, "lower"),
+                    Row("kv", case, "throughput", "GB/s", Figure.of(rates), peer, peer_gb, "higher"),
+                ]
+            )
+    torch.cuda.empty_cache()
+    print(f"{way} {shape}: {(free - torch.cuda.mem_get_info(0)[0]) >> 20} MiB of cuda:0 stay taken", flush=True)
+
+
+def pinned_seconds(size: int) -> float:
+    """The median time of a copy of `size` bytes to pinned memory, or from there where that takes longer."""
+    host, device = torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.empty(size, dtype=torch.uint8).cuda()
+    medians = []
+    for target, source in ((host, device), (device, host)):
+        times = []
+        for _ in range(REPEATS):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            target.copy_(source, non_blocking=True)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+        medians.append(median(times))
+    return max(medians)
+
+
+def nccl_seconds(sizes: list[int], channels: int) -> list[float]:
+    """The median time of one send and receive of each of `sizes` bytes, with `channels` or, for 0, NCCL's own choice."""
     context = multiprocessing.get_context("spawn")
     results: SimpleQueue[list[float]] = context.SimpleQueue()
-    ranks = [context.Process(target=_exchange, args=(rank, sizes, results)) for rank in range(2)]
+    ranks = [context.Process(target=_exchange, args=(rank, sizes, channels, results)) for rank in range(2)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -63,9 +98,13 @@ def nccl_seconds(sizes: list[int]) -> list[float]:
     return results.get()
 
 
-def _exchange(rank: int, sizes: list[int], results: SimpleQueue[list[float]]) -> None:
+def _exchange(rank: int, sizes: list[int], channels: int, results: SimpleQueue[list[float]]) -> None:
     torch.cuda.set_device(rank)
-    dist.init_process_group("nccl", init_method=STORE, rank=rank, world_size=2, device_id=torch.device("cuda", rank))
+    nccl: Any = dist.ProcessGroupNCCL
+    options = nccl.Options()
+    if channels:
+        options.config.max_ctas = channels
+    dist.init_process_group("nccl", init_method=STORE, rank=rank, world_size=2, pg_options=options)
     medians = []
     for size in sizes:
         data, times = torch.empty(size, dtype=torch.uint8, device="cuda"), []

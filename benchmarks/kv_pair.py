@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from splitserve.cluster.codec import pack, unpack
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import HandOff, RankEndpoint, Ticket
 from splitserve.engine.kv_cache import KvCache
-from splitserve.kv_transfer.by_device import new_host_sender, new_mover, new_segment
+from splitserve.kv_transfer.by_device import new_host_sender, new_linked_receiver, new_mover, new_segment
 from splitserve.kv_transfer.protocol import Freed, Incoming, ReceiveFailed, Verified
 from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.segments import SegmentReceiver
@@ -25,6 +26,8 @@ from splitserve.kv_transfer.staging import window_size
 from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender
 
 LEASE_S = 30.0
+LINK_MEMORY = 512 << 20
+KvWay = Literal["cuda_ipc", "shm", "nccl", "tcp"]
 
 
 class KvPair:
@@ -34,7 +37,7 @@ class KvPair:
         self,
         layout: KvLayout,
         tokens: int,
-        transport: Literal["cuda_ipc", "shm", "tcp"],
+        transport: KvWay,
         window_bytes: int,
         child: subprocess.Popen[str],
         target: str,
@@ -42,9 +45,20 @@ class KvPair:
         device, control = torch.device(target), TcpReceiver("127.0.0.1")
         segment = new_segment("shm" if transport == "tcp" else transport, "benchmark", window_bytes, device)
         self._layout, self._window_bytes, self._child, self._epoch = layout, window_bytes, child, 0
-        self._endpoint = RankEndpoint(control.endpoint, transport, host_id(), segment.name, 0, 0)
+        self._linked, link = None, ""
+        if transport == "nccl":
+            self._linked, link = new_linked_receiver(control, segment, device, LINK_MEMORY, "127.0.0.1")
+        self._endpoint = RankEndpoint(control.endpoint, transport, host_id(), segment.name, 0, 0, link)
         self._mover = new_mover(KvCache(layout, pages(layout, tokens)[-1] + 1, device))
-        self._receiver = KvReceiver(self._mover, 0, window_bytes, SegmentReceiver(control, segment), time.monotonic)
+        arrivals = SegmentReceiver(self._linked or control, segment)
+        self._receiver = KvReceiver(self._mover, 0, window_bytes, arrivals, time.monotonic)
+
+    def link(self) -> float:
+        """Send small prompts until a link carries them. Returns the seconds that this took."""
+        began = time.perf_counter()
+        while self._linked is not None and not any(link.state == "up" for link in self._linked.links):
+            self.seconds(1)
+        return time.perf_counter() - began
 
     def seconds(self, tokens: int) -> float:
         """From when the KV of a prompt lies in the source's pages until it is verified in the target's."""
@@ -62,9 +76,7 @@ class KvPair:
             lease_s=LEASE_S,
         )
         self._receiver.open(incoming)
-        endpoint = RankEndpoint(
-            self._endpoint.address, self._endpoint.transport, self._endpoint.host, self._endpoint.segment, 0, window
-        )
+        endpoint = replace(self._endpoint, window_bytes=window)
         ticket = Ticket(incoming.transfer_id, self._epoch, self._layout, 0, tokens, LEASE_S, (endpoint,))
         assert self._child.stdin is not None
         assert self._child.stdout is not None
@@ -90,7 +102,7 @@ class KvPair:
 def kv_pair(
     layout: KvLayout,
     tokens: int,
-    transport: Literal["cuda_ipc", "shm", "tcp"],
+    transport: KvWay,
     window_bytes: int,
     source: str = "cpu",
     target: str = "cpu",
@@ -111,7 +123,7 @@ def send_all(device: torch.device, tokens: int) -> None:
     for line in sys.stdin:
         ticket: Ticket = unpack(bytes.fromhex(line))
         if sender is None:
-            transport = new_host_sender(TcpSender(time.monotonic), device)
+            transport = new_host_sender(TcpSender(time.monotonic), device, LINK_MEMORY)
             mover = new_mover(KvCache(ticket.layout, pages(ticket.layout, tokens)[-1] + 1, device))
             sender = KvSender(mover, 0, transport, time.monotonic)
         sender.begin(ticket, pages(ticket.layout, ticket.num_tokens))

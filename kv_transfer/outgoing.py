@@ -16,6 +16,8 @@ from splitserve.kv_transfer.protocol import KvFrame
 from splitserve.kv_transfer.reshard import Piece, reshard
 from splitserve.kv_transfer.staging import FrameSizes, Window, window_share
 
+TOKENS_A_CUT = 64  # or a multiple: frames then begin where tiles of most pages do
+
 
 @dataclass(frozen=True)
 class Region:
@@ -31,25 +33,24 @@ def next_region(
     """What to send next, or None while it pays to wait.
 
     `cut` and `ready` say for each layer up to which token it has been cut and computed; `token_bytes` are those of
-    one token of one layer. A frame takes the first layer that has something and as many of the next ones as stand
-    at the same token and fit. One of fewer bytes than `least` waits for the next layer, which is being computed.
+    one token of one layer. A frame takes the first layer that has something and the next ones that stand at the same
+    tokens: all of them, where need be with fewer tokens, so that it fills its slot. One of fewer bytes than `least` waits
+    for the next layer, which is being computed.
     """
     first = next((layer for layer in range(len(cut)) if cut[layer] < ready[layer]), None)
     if first is None:
         return None
-    start = cut[first]
-    stop = min(ready[first], start + slot_bytes // token_bytes)
-    layer_bytes = (stop - start) * token_bytes
-    last = first + 1
-    while (
-        last < len(cut)
-        and cut[last] == start
-        and ready[last] >= stop
-        and (last + 1 - first) * layer_bytes <= slot_bytes
-    ):
+    start, stop, last = cut[first], ready[first], first + 1
+    while last < len(cut) and cut[last] == start and ready[last] >= stop:
         last += 1
+    rows = slot_bytes // token_bytes
+    if (last - first) * (stop - start) > rows:
+        last = min(last, first + max(1, rows // min(TOKENS_A_CUT, stop - start)))
+        tokens = rows // (last - first)
+        whole = tokens // TOKENS_A_CUT * TOKENS_A_CUT or tokens
+        return Region((first, last), (start, min(stop, start + whole)))
     next_comes = last < len(cut) and cut[last] == start and ready[last] < stop
-    if next_comes and (last - first) * layer_bytes < min(least, slot_bytes // 2):
+    if next_comes and (last - first) * (stop - start) * token_bytes < min(least, slot_bytes // 2):
         return None
     return Region((first, last), (start, stop))
 

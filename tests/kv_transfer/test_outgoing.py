@@ -22,6 +22,16 @@ def test_a_long_chunk_is_cut_at_the_slot() -> None:
     assert next_region([0, 0], [100, 100], 4, 64, BIG) == Region((0, 1), (0, 16))
 
 
+def test_a_long_prompt_fills_its_slots() -> None:
+    cut, frames, ready, slot = [0] * 27, [], [32768] * 27, 64 << 20
+    while region := next_region(cut, ready, 1152, slot, BIG):
+        (first, last), (start, stop) = region.layers, region.tokens
+        cut[first:last] = [stop] * (last - first)
+        frames.append((last - first) * (stop - start) * 1152)
+    assert len(frames) == 16
+    assert min(frames[:-1]) > 0.95 * slot
+
+
 def test_a_small_frame_waits_for_the_layer_that_comes_next() -> None:
     assert next_region([0, 0, 0], [8, 8, 0], 4, BIG, BIG) is None
     assert next_region([0, 0, 0], [8, 8, 8], 4, BIG, BIG) == Region((0, 3), (0, 8))
