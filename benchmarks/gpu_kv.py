@@ -87,7 +87,7 @@ def pinned_seconds(size: int) -> float:
 
 
 def nccl_seconds(sizes: list[int], channels: int) -> list[float]:
-    """The median time of one send and receive of each of `sizes` bytes, with `channels` or, for 0, NCCL's own choice."""
+    """The median time of one send and receive of each of `sizes` bytes; 0 `channels` are as many as NCCL likes."""
     context = multiprocessing.get_context("spawn")
     results: SimpleQueue[list[float]] = context.SimpleQueue()
     ranks = [context.Process(target=_exchange, args=(rank, sizes, channels, results)) for rank in range(2)]

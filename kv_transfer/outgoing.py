@@ -34,8 +34,8 @@ def next_region(
 
     `cut` and `ready` say for each layer up to which token it has been cut and computed; `token_bytes` are those of
     one token of one layer. A frame takes the first layer that has something and the next ones that stand at the same
-    tokens: all of them, where need be with fewer tokens, so that it fills its slot. One of fewer bytes than `least` waits
-    for the next layer, which is being computed.
+    tokens: all of them, where need be with fewer tokens, so that it fills its slot. One of fewer bytes than `least`
+    waits for the next layer, which is being computed.
     """
     first = next((layer for layer in range(len(cut)) if cut[layer] < ready[layer]), None)
     if first is None:
