@@ -49,7 +49,7 @@ def join_store(endpoint: str, timeout_s: float) -> TCPStore:
     try:
         return TCPStore(host, int(port), None, is_master=False, timeout=timedelta(seconds=timeout_s))
     except dist.DistError as error:
-        raise StartupError(f"the engine's leader does not answer at {endpoint} within {timeout_s:g} s") from error
+        raise StartupError(f"nobody answers at {endpoint} within {timeout_s:g} s") from error
 
 
 class GlooGroup:

@@ -45,8 +45,8 @@ def new_host_sender(control: TcpSender, device: torch.device, link_memory: int =
         "shm": partial(PinnedMapping, device=device),
         "cuda_ipc": partial(CudaMapping, device=device),
     }
-    meet = partial(nccl.meet, rank=nccl.SENDER, device=device)
-    linked = LinkedSender(control, device, meet, link_memory // nccl.PAIR_BYTES, control.clock)
+    join = partial(nccl.join, device=device)
+    linked = LinkedSender(control, device, join, link_memory // nccl.PAIR_BYTES, control.clock)
     return HostSender(linked, host_id(), attach, control.clock)
 
 
@@ -54,7 +54,7 @@ def new_linked_receiver(
     control: TcpReceiver, segment: Segment, device: torch.device, link_memory: int, address: str
 ) -> tuple[LinkedReceiver, str]:
     """A receiver that links `control`'s senders to `segment`, and where they meet it: a store on `address`."""
-    _, endpoint = host_store(address, nccl.MEET_S)
-    meet = partial(nccl.meet, endpoint, rank=nccl.RECEIVER, device=device)
+    store, endpoint = host_store(address, nccl.MEET_S)
+    meet = partial(nccl.meet, store, rank=nccl.RECEIVER, device=device)
     receiver = LinkedReceiver(control, segment.bytes, meet, link_memory // nccl.PAIR_BYTES, time.monotonic)
     return receiver, endpoint

@@ -173,7 +173,8 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    """Of high priority: else its small kernels may wait until the engine has nothing more to launch, a chunk long."""
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from splitserve.cluster.errors import TransferFailed
 from splitserve.engine.group import join_store
@@ -43,10 +43,15 @@ class NcclPair:
         self._group.abort()
 
 
-def meet(endpoint: str, token: str, rank: int, device: torch.device) -> Pair:
-    """Make a pair as `rank`, with the process that does so as the other one under the same `token`.
+def join(endpoint: str, token: str, device: torch.device) -> Pair:
+    """The sender's end of a pair, met at the receiver's store. Raises as `meet`, and StartupError where none answers."""
+    return meet(join_store(endpoint, MEET_S), token, SENDER, device)
 
-    Blocks for up to MEET_S seconds, then raises TransferFailed; StartupError when no store answers at `endpoint`.
+
+def meet(store: Store, token: str, rank: int, device: torch.device) -> Pair:
+    """Make a pair as `rank`, with the process that does so as the other one under the same `token` of one store.
+
+    Blocks for up to MEET_S seconds, then raises TransferFailed.
     """
     os.environ.update(NO_WATCHDOG)
     nccl: Any = dist.ProcessGroupNCCL
@@ -54,7 +59,7 @@ def meet(endpoint: str, token: str, rank: int, device: torch.device) -> Pair:
     options._timeout = timedelta(seconds=MEET_S)
     options.config.max_ctas = CHANNELS
     with torch.cuda.device(device):
-        pair = NcclPair(nccl(PrefixStore(token, join_store(endpoint, MEET_S)), rank, 2, options), rank, device)
+        pair = NcclPair(nccl(PrefixStore(token, store), rank, 2, options), rank, device)
         greeting = torch.zeros(8, dtype=torch.uint8, device=device)
         torch.cuda.current_stream().synchronize()
         transit = pair.send(greeting) if rank == SENDER else pair.receive(greeting)
