@@ -1,4 +1,4 @@
-"""All GPU benchmarks, one after the other: `make gpu-bench`. A quarter of an hour on one H100."""
+"""All GPU benchmarks, one after the other: `make gpu-bench`. Half an hour on two H100s, which the last two need."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ MODULES = (
     "benchmarks.kernels.prefill_attention",
     "benchmarks.kernels.pointwise",
     "benchmarks.kernels.sampling",
+    "benchmarks.gpu_kv",
+    "benchmarks.gpu_split",
 )
 for module in MODULES:
     subprocess.run([sys.executable, "-m", module], check=True)

@@ -50,7 +50,6 @@ def main() -> None:
 
 
 def measure(way: KvWay, shape: str, layout: KvLayout, peer: str, peer_seconds: dict[int, float]) -> None:
-    free = torch.cuda.mem_get_info(0)[0]
     with kv_pair(layout, max(TOKENS.values()), way, STAGING[way] // 4, "cuda:1", "cuda:0") as pair:
         if way == "nccl":
             write([Row("kv", f"{shape}, nccl", "first link", "s", Figure.of([pair.link()]), "none", None, "lower")])
@@ -66,8 +65,6 @@ def measure(way: KvWay, shape: str, layout: KvLayout, peer: str, peer_seconds: d
                     Row("kv", case, "throughput", "GB/s", Figure.of(rates), peer, peer_gb, "higher"),
                 ]
             )
-    torch.cuda.empty_cache()
-    print(f"{way} {shape}: {(free - torch.cuda.mem_get_info(0)[0]) >> 20} MiB of cuda:0 stay taken", flush=True)
 
 
 def pinned_seconds(size: int) -> float:

@@ -44,7 +44,7 @@ class NcclPair:
 
 
 def join(endpoint: str, token: str, device: torch.device) -> Pair:
-    """The sender's end of a pair, met at the receiver's store. Raises as `meet`, and StartupError where none answers."""
+    """The sender's end of a pair, met at the receiver's store. Raises as `meet`; StartupError where none answers."""
     return meet(join_store(endpoint, MEET_S), token, SENDER, device)
 
 
