@@ -4,7 +4,7 @@ Reserve -> reserved --KV landed--> ready --slot--> running --stop, length--> gon
               |                      |              |    ^
               |                      |        no page    room again
               |                      |              v    |
-              |                      |              parked (host tier)
+              |                      +--no page-> parked (host tier)
               +----------------------+--- cancel, deadline, loss ---> gone, pages freed
 """
 
@@ -164,23 +164,27 @@ class DecodeEngine:
 
     def _grant(self, router: bytes, item: Reserve) -> Granted | None:
         sequences = sum(request.message.params.n for request in self._requests.values())
-        if sequences + item.params.n > self._limits.max_sequences or self._slots.parked:
+        if sequences + item.params.n > self._limits.max_sequences or self._slots.preempted:
             return None
-        allocated = self._allocate(item)
-        if allocated is None:
+        tables = self._allocate(item)
+        if tables is None and self._slots.make_room(self._pages_for(item)):
+            tables = self._allocate(item)
+        if tables is None:
             return None
-        request = _Request(router, item, *allocated, arrived=self._clock())
-        # One page for every sequence that runs, so that a newcomer's pages are not taken from them at once.
-        enough = self._blocks.free_pages >= self._slots.running
-        ticket = self._inlet.open(request.transfer_id, item, request.tables[0]) if enough else None
+        request = _Request(router, item, *tables, arrived=self._clock())
+        ticket = self._inlet.open(request.transfer_id, item, request.tables[0])
         if ticket is None:
             self._free_tables(request)
             return None
         self._requests[request.transfer_id] = request
         return Granted(item.request_id, item.attempt, ticket)
 
+    def _pages_for(self, item: Reserve) -> int:
+        """Pages of a newcomer, and one for every sequence that runs: else its own would be taken from it at once."""
+        return self._blocks.pages_for(len(item.token_ids)) + item.params.n - 1 + self._slots.running
+
     def _allocate(self, item: Reserve) -> tuple[list[BlockTable], list[tuple[int, int]]] | None:
-        """A table for every sample, and the pages to copy once the KV is there.
+        """A table for every sample, and the pages to copy once the KV is there; None when there is no room.
 
         Samples share the prompt's full pages; only a part-filled last page is each one's own.
         """
@@ -197,7 +201,11 @@ class DecodeEngine:
                 return None
             tables.append(forked[0])
             copies += forked[1]
-        return tables, copies
+        if self._blocks.free_pages >= self._slots.running:
+            return tables, copies
+        for taken in tables:
+            self._blocks.free(taken)
+        return None
 
     def _settle_transfers(self) -> None:
         for event in self._inlet.poll():

@@ -9,18 +9,19 @@ from splitserve.engine.sequence import Sequence
 
 
 class Slots:
-    """Sequences that decode: running ones in slots, ready ones in line, parked ones in host memory.
+    """Sequences that decode: running ones in slots, and those in line for one, with their KV in pages or parked.
 
-    When a sequence needs a page and none is free, the one that joined last is parked: its pages go to the host tier
-    and come back, unchanged, before anything that joined after it runs.
+    When a running sequence needs a page and none is free, the one that joined last is parked: its pages go to the host
+    tier and come back, unchanged, before anything that joined after it runs. Those in line are parked for others too:
+    the last ones first, for prompts that come and for whoever is before them.
     """
 
     def __init__(self, blocks: BlockManager, slots: int) -> None:
         self._blocks, self._slots = blocks, slots
         self._running: list[Sequence] = []
-        self._ready: deque[Sequence] = deque()
-        self._parked: deque[Sequence] = deque()
+        self._line: deque[Sequence] = deque()
         self._places: dict[Sequence, list[int]] = {}
+        self._preempted: set[Sequence] = set()
         self.preemptions = 0
 
     @property
@@ -29,44 +30,64 @@ class Slots:
 
     @property
     def waiting(self) -> int:
-        return len(self._ready) + len(self._parked)
+        return len(self._line)
 
     @property
     def parked(self) -> int:
-        return len(self._parked)
+        return len(self._places)
+
+    @property
+    def preempted(self) -> int:
+        """Those that ran before, and wait for pages."""
+        return len(self._preempted)
 
     def add(self, sequence: Sequence) -> None:
-        self._ready.append(sequence)
+        self._line.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence wherever it is and free its pages."""
-        if sequence in self._parked:
-            self._parked.remove(sequence)
+        (self._running if sequence in self._running else self._line).remove(sequence)
+        self._preempted.discard(sequence)
+        if sequence in self._places:
             self._blocks.host.drop(self._places.pop(sequence))
             return
-        (self._running if sequence in self._running else self._ready).remove(sequence)
         assert sequence.table is not None
         self._blocks.free(sequence.table)
 
+    def make_room(self, pages: int, before: Sequence | None = None) -> bool:
+        """Park from the end of the line, as far as `before`, until `pages` are free; False where they are not then."""
+        for sequence in reversed(list(self._line)):
+            if self._blocks.free_pages >= pages or sequence is before:
+                break
+            if sequence not in self._places and not self._park(sequence):
+                break
+        return self._blocks.free_pages >= pages
+
     def schedule(self) -> list[Sequence]:
         """The sequences of the next step, each with a page for its next token, oldest first."""
-        while self._parked and len(self._running) < self._slots and self._restore(self._parked[0]):
-            self._running.append(self._parked.popleft())
-        while self._ready and not self._parked and len(self._running) < self._slots:
-            self._running.append(self._ready.popleft())
+        while self._line and len(self._running) < self._slots and self._restore(self._line[0]):
+            self._running.append(self._line.popleft())
         # A sequence that finds no page parks others that joined after it, or itself: never one scheduled already.
         return [sequence for sequence in list(self._running) if sequence in self._running and self._grow(sequence)]
 
     def stuck(self) -> Sequence | None:
-        """The sequence to give up when no running one could be scheduled: every page is taken, the host tier full."""
-        return self._running[-1] if self._running else None
+        """The sequence to give up when none could be scheduled: every page is taken, the host tier full."""
+        if self._running:
+            return self._running[-1]
+        return next((sequence for sequence in reversed(self._line) if sequence not in self._places), None)
 
     def _grow(self, sequence: Sequence) -> bool:
         assert sequence.table is not None
         while not self._blocks.append(sequence.table, sequence.tokens_to_hold):
+            if self.make_room(self._blocks.free_pages + 1):
+                continue
             victim = self._running[-1]
             if not self._park(victim):
                 return False
+            self._running.remove(victim)
+            self._line.appendleft(victim)
+            self._preempted.add(victim)
+            self.preemptions += 1
             if victim is sequence:
                 return False
         return True
@@ -79,18 +100,18 @@ class Slots:
             return False
         self._places[sequence] = places
         self._blocks.free(sequence.table)
-        self._running.remove(sequence)
-        self._parked.appendleft(sequence)
-        self.preemptions += 1
         return True
 
     def _restore(self, sequence: Sequence) -> bool:
-        """Bring a parked sequence back if its pages and one for its next token are free."""
-        if self._blocks.pages_for(len(sequence.token_ids)) > self._blocks.free_pages:
+        """Whether the KV of the first in line is in pages: a parked one comes back once they and one more are free."""
+        if sequence not in self._places:
+            return True
+        if not self.make_room(self._blocks.pages_for(len(sequence.token_ids)), before=sequence):
             return False
         written = sequence.token_ids[: sequence.computed_tokens]
         table = self._blocks.allocate(written, sequence.extra_keys, max_cached_tokens=0)
         assert table is not None
         self._blocks.host.unpark(self._places.pop(sequence), table.pages)
+        self._preempted.discard(sequence)
         sequence.table = table
         return True

@@ -127,8 +127,8 @@ class LinkedSender:
         if payload is None or not any(ref() is payload for ref in self._packed):
             self._control.send(target, header, payload)
             return
-        peer = self._peers[target.address]
-        if peer.link is None or peer.link.state != "up":
+        peer = self._peers.get(target.address)
+        if peer is None or peer.link is None or peer.link.state != "up":
             return  # lost with the link; the frame is due again, and then goes over TCP
         peer.puts += 1
         put = KvPut(peer.link.token, peer.puts, offset, payload.numel())
@@ -142,8 +142,10 @@ class LinkedSender:
                 self._hear(reply)
             else:
                 replies.append(reply)
-        for address, peer in self._peers.items():
+        for address, peer in list(self._peers.items()):
             self._look_after(address, peer)
+            if peer.link is None and self._clock() - peer.retry_at > IDLE_S:
+                del self._peers[address]
         return replies
 
     @property

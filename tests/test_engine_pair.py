@@ -157,6 +157,37 @@ def test_a_full_decode_engine_says_busy_and_serves_all(tiny_model: Path) -> None
     assert_everything_is_free(cluster)
 
 
+def test_prompts_that_come_while_decode_is_full_are_parked(tiny_model: Path) -> None:
+    """All have their first token before the first two answers end, and prefill has its pages back."""
+    params = replace(PARAMS, max_tokens=60, ignore_eos=True)
+    prompts = {f"{index}": [7 + index, *PROMPT[: 20 if index < 2 else 40]] for index in range(8)}
+    roomy = InProcessCluster(tiny_model, Settings(prefix_cache=False))
+    tight = InProcessCluster(tiny_model, Settings(slots=2, pages=14, prefix_cache=False))
+    for name, prompt in prompts.items():
+        for cluster in (roomy, tight):
+            cluster.ask(name, prompt, params)
+    while not all(answer.joined for answer in tight.answers.values()):
+        tight.step()
+        assert not any(answer.reasons or answer.failed for answer in tight.answers.values())
+    tight.step()
+    assert tight.engines[-1]._slots.parked > 0
+    assert tight.free_pages()[0] == 14
+    expected, answers = roomy.run(), tight.run()
+    assert {name: answers[name].tokens for name in prompts} == {name: expected[name].tokens for name in prompts}
+    assert_everything_is_free(tight)
+
+
+def test_the_next_turn_finds_what_decode_has_written(tiny_model: Path) -> None:
+    cluster = InProcessCluster(tiny_model, Settings(page_size=16))
+    cluster.ask("first", PROMPT[:20], replace(PARAMS, max_tokens=40, ignore_eos=True))
+    answer = cluster.run()["first"].tokens[0]
+    cluster.ask("second", [*PROMPT[:20], *answer, *PROMPT[20:25]], PARAMS)
+    (table,) = cluster.engines[-1]._requests["second/0"].tables
+    assert table.cached_tokens == (20 + 40 - 1) // 16 * 16, "all full pages of the first turn, its answer included"
+    cluster.run()
+    assert_everything_is_free(cluster)
+
+
 def test_engines_do_not_rest_while_kv_is_being_copied(tiny_model: Path) -> None:
     cluster = InProcessCluster(tiny_model, Settings(copies_take_s=0.1))
     cluster.ask("a", PROMPT, PARAMS)
