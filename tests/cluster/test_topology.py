@@ -66,7 +66,7 @@ def test_models_are_frozen() -> None:
         ({"router": {"slo": {"ttft_s": float("inf")}}}, "router.slo.ttft_s", "finite"),
         ({"security": {"bind": "*"}}, "security.bind", "not every interface"),
         ({"security": {"tls": {"cert": "a.pem"}}}, "security.tls.key", "required"),
-        ({"kv_transfer": {"transport": "nccl"}}, "kv_transfer.transport", "'auto', 'cuda_ipc', 'shm' or 'tcp'"),
+        ({"kv_transfer": {"transport": "rdma"}}, "kv_transfer.transport", "'auto', 'cuda_ipc', 'shm', 'nccl' or 'tcp'"),
     ],
 )
 def test_refused(sections: dict[str, Any], where: str, message: str) -> None:
