@@ -65,9 +65,6 @@ class KvPart:
     reason: str
 
 
-Meet = Callable[[str], Pair]
-
-
 @dataclass
 class _Peer:
     """A target, and the link to it. `puts` are those announced on it; `failures` are in a row."""
@@ -214,7 +211,7 @@ class LinkedReceiver:
         self,
         control: TcpReceiver,
         staging: torch.Tensor,
-        meet: Meet,
+        meet: Callable[[str], Pair],
         max_links: int,
         clock: Callable[[], float],
     ) -> None:
