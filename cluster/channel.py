@@ -17,6 +17,7 @@ from splitserve.cluster.codec import MAX_MESSAGE_BYTES, pack, unpack
 from splitserve.cluster.errors import ProtocolError, StartupError
 
 SEND_QUEUE = 100_000
+KV_IDLE_S = 60.0  # a way from one rank to another that carried no KV for so long is closed
 
 Socket = zmq.Socket[Any]
 

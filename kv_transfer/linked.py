@@ -20,14 +20,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from splitserve.cluster.channel import Socket
+from splitserve.cluster.channel import KV_IDLE_S, Socket
 from splitserve.cluster.codec import message
 from splitserve.cluster.errors import ProtocolError
 from splitserve.cluster.messages import RankEndpoint
 from splitserve.kv_transfer.links import Link, Pair
 from splitserve.kv_transfer.protocol import seal, unseal
 from splitserve.kv_transfer.staging import FrameSizes
-from splitserve.kv_transfer.tcp import IDLE_S, TcpReceiver, TcpSender
+from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender
 from splitserve.kv_transfer.transport import Arrival
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class LinkedSender:
                 replies.append(reply)
         for address, peer in list(self._peers.items()):
             self._look_after(address, peer)
-            if peer.link is None and self._clock() - peer.retry_at > IDLE_S:
+            if peer.link is None and self._clock() - peer.retry_at > KV_IDLE_S:
                 del self._peers[address]
         return replies
 
@@ -174,7 +174,7 @@ class LinkedSender:
             return
         if link.completed():
             peer.failures = 0
-        if link.idle and self._clock() - link.used_at > IDLE_S:
+        if link.idle and self._clock() - link.used_at > KV_IDLE_S:
             link.drop(IDLE)
         if link.state == "down" and link.join(0):
             if link.reason != IDLE:
@@ -287,7 +287,7 @@ class LinkedReceiver:
 
     def _look_after(self, peer: bytes, incoming: _Incoming) -> None:
         link = incoming.link
-        if link.idle and not incoming.announced and self._clock() - link.used_at > IDLE_S:
+        if link.idle and not incoming.announced and self._clock() - link.used_at > KV_IDLE_S:
             link.drop(IDLE)
         if link.state == "down":
             self._part(peer, link.reason)

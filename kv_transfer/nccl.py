@@ -48,7 +48,7 @@ def join(endpoint: str, token: str, device: torch.device) -> Pair:
     return meet(join_store(endpoint, MEET_S), token, SENDER, device)
 
 
-def meet(store: Store, token: str, rank: int, device: torch.device) -> Pair:
+def meet(store: Store, token: str, rank: int, device: torch.device, channels: int = CHANNELS) -> Pair:
     """Make a pair as `rank`, with the process that does so as the other one under the same `token` of one store.
 
     Blocks for up to MEET_S seconds, then raises TransferFailed.
@@ -57,7 +57,7 @@ def meet(store: Store, token: str, rank: int, device: torch.device) -> Pair:
     nccl: Any = dist.ProcessGroupNCCL
     options = nccl.Options()
     options._timeout = timedelta(seconds=MEET_S)
-    options.config.max_ctas = CHANNELS
+    options.config.max_ctas = channels
     with torch.cuda.device(device):
         pair = NcclPair(nccl(PrefixStore(token, store), rank, 2, options), rank, device)
         greeting = torch.zeros(8, dtype=torch.uint8, device=device)

@@ -13,11 +13,10 @@ from typing import Protocol
 
 import torch
 
-from splitserve.cluster.channel import Socket
+from splitserve.cluster.channel import KV_IDLE_S, Socket
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.messages import RankEndpoint
 from splitserve.kv_transfer.staging import FrameSizes
-from splitserve.kv_transfer.tcp import IDLE_S
 from splitserve.kv_transfer.transport import Arrival, ReceiverTransport, SenderTransport
 
 logger = logging.getLogger(__name__)
@@ -124,7 +123,7 @@ class HostSender:
 
     def receive(self) -> list[bytes]:
         for name, attached in list(self._attached.items()):
-            if self._clock() - attached.used_at > IDLE_S:  # its receiver may be gone, and its memory with this
+            if self._clock() - attached.used_at > KV_IDLE_S:  # its receiver may be gone, and its memory with this
                 del self._attached[name]
                 attached.segment.close()
         return self._control.receive()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import zmq
 
-from splitserve.cluster.channel import CurveKeys, Socket, bind, secure
+from splitserve.cluster.channel import KV_IDLE_S, CurveKeys, Socket, bind, secure
 from splitserve.cluster.errors import StartupError, TransferFailed
 from splitserve.cluster.messages import RankEndpoint
 from splitserve.kv_transfer.staging import HOST_FRAMES, FrameSizes
@@ -22,7 +22,6 @@ from splitserve.kv_transfer.transport import Arrival
 
 QUEUE_MESSAGES = 256
 MOST_BYTES = 64 << 20
-IDLE_S = 60.0
 
 
 class TcpReceiver:
@@ -101,7 +100,7 @@ class TcpSender:
         for address, link in list(self._links.items()):
             while _has_news(link.socket):
                 headers.append(link.socket.recv(zmq.NOBLOCK))
-            if self.clock() - link.used_at > IDLE_S:
+            if self.clock() - link.used_at > KV_IDLE_S:
                 link.socket.close(linger=0)
                 del self._links[address]
         return headers

@@ -14,10 +14,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from splitserve.cluster.channel import CurveKeys
+from splitserve.cluster.channel import KV_IDLE_S, CurveKeys
 from splitserve.cluster.errors import DeadlineExceeded, WorkerUnavailable
 from splitserve.cluster.messages import (
     Busy,
@@ -61,6 +62,7 @@ class Dispatcher:
         self._requests: dict[str, Request] = {}
         self._ids = itertools.count(1)
         self._placements = itertools.count()
+        self._links: dict[tuple[str, str], float] = {}  # when KV was last asked to go from prefill to decode
         self._line = asyncio.Lock()  # of requests that found every engine busy: asyncio's locks are fair
 
     @property
@@ -118,7 +120,7 @@ class Dispatcher:
                 raise WorkerUnavailable(f"no {missing} worker is ready; try again in a moment")
             if not untried:
                 return min(refusals.values(), key=lambda busy: busy.retry_after_s)
-            prefill, decode = place(prefills, untried, self._policy, next(self._placements))
+            prefill, decode = place(prefills, untried, self._policy, next(self._placements), self._linked())
             reply = await self._ask_one(request, prefill, decode)
             if isinstance(reply, Granted):
                 return reply
@@ -133,8 +135,15 @@ class Dispatcher:
         )
         return await reply
 
+    def _linked(self) -> dict[tuple[str, str], float]:
+        """Pairs of engines with a way for KV that is still open."""
+        closed_before = time.monotonic() - KV_IDLE_S
+        self._links = {pair: used_at for pair, used_at in self._links.items() if used_at > closed_before}
+        return self._links
+
     def _prefill(self, request: Request, granted: Granted) -> None:
         request.timeline.placed()
+        self._links[request.placement.prefill, request.placement.decode] = time.monotonic()
         self.engines.place(
             request.placement.prefill,
             Prefill(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,26 +19,35 @@ class EngineView:
 
 
 def place(
-    prefills: Sequence[EngineView], decodes: Sequence[EngineView], policy: Policy, counter: int
+    prefills: Sequence[EngineView],
+    decodes: Sequence[EngineView],
+    policy: Policy,
+    counter: int,
+    linked: Collection[tuple[str, str]] = (),
 ) -> tuple[EngineView, EngineView]:
     """Choose (prefill, decode), neither list being empty. `counter` grows by one per choice.
 
-    A colocated engine does both itself.
+    `linked` names pairs (prefill, decode) that KV has gone between lately: by least load, of prefill engines that are
+    equally loaded one that is linked with decode's engine comes first, so that few links are made. A colocated engine
+    does both itself.
 
     >>> idle, busy = EngineView("decode/0/0", "decode", 1), EngineView("decode/1/0", "decode", 7)
     >>> place([EngineView("prefill/0/0", "prefill", 0)], [busy, idle], "least_load", 0)[1].engine
     'decode/0/0'
     """
-    choose = {"round_robin": _round_robin, "least_load": _least_load}[policy]
-    decode = choose(decodes, counter)
-    return (decode if decode.role == "colocated" else choose(prefills, counter)), decode
+    if policy == "round_robin":
+        prefill, decode = _in_turn(prefills, counter), _in_turn(decodes, counter)
+    else:
+        decode = _in_turn(_least_loaded(decodes), counter)
+        least = _least_loaded(prefills)
+        prefill = _in_turn([one for one in least if (one.engine, decode.engine) in linked] or least, counter)
+    return (decode if decode.role == "colocated" else prefill), decode
 
 
-def _round_robin(engines: Sequence[EngineView], counter: int) -> EngineView:
+def _in_turn(engines: Sequence[EngineView], counter: int) -> EngineView:
     return engines[counter % len(engines)]
 
 
-def _least_load(engines: Sequence[EngineView], counter: int) -> EngineView:
-    """The least loaded; of equals, the next in turn."""
-    turns = (engines[(counter + turn) % len(engines)] for turn in range(len(engines)))
-    return min(turns, key=lambda engine: engine.load)
+def _least_loaded(engines: Sequence[EngineView]) -> list[EngineView]:
+    least = min(engine.load for engine in engines)
+    return [engine for engine in engines if engine.load == least]

@@ -9,11 +9,12 @@ from contextlib import ExitStack, closing
 import pytest
 import torch
 
+from splitserve.cluster.channel import KV_IDLE_S
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.messages import RankEndpoint
 from splitserve.kv_transfer.linked import FRAMES, MARK, PACKED_BYTES, KvPut, LinkedReceiver, LinkedSender
 from splitserve.kv_transfer.protocol import seal
-from splitserve.kv_transfer.tcp import IDLE_S, TcpReceiver, TcpSender
+from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender
 from splitserve.kv_transfer.transport import Arrival
 from tests.kv_transfer.pairs import Exchange
 
@@ -177,7 +178,7 @@ def test_as_many_links_as_there_is_memory_for_and_the_idle_ones_leave(stack: Exi
 def test_idle_links_are_dropped_without_blame(stack: ExitStack) -> None:
     ends = Ends(stack)
     ends.link()
-    ends.clock.ahead += IDLE_S + 1
+    ends.clock.ahead += KV_IDLE_S + 1
     ends.until(lambda: ends.sender.links == [] and ends.receiver.links == [])
     ends.link()
 

@@ -30,6 +30,15 @@ def test_least_load_takes_the_least_loaded_and_spreads_ties() -> None:
     assert min(ties.values()) >= 10
 
 
+def test_of_equally_loaded_prefill_engines_a_linked_one_comes_first() -> None:
+    prefills, decodes, linked = views("prefill", [1, 1, 1]), views("decode", [0, 0]), set[tuple[str, str]]()
+    for counter in range(30):
+        prefill, decode = place(prefills, decodes, "least_load", counter, linked)
+        linked.add((prefill.engine, decode.engine))
+    assert len(linked) == 2, "a link for each decode engine, none for every pair"
+    assert place(views("prefill", [2, 2, 1]), decodes, "least_load", 0, {("prefill/0/0", "decode/0/0")})[0].engine == "prefill/2/0"
+
+
 @pytest.mark.parametrize("policy", ["round_robin", "least_load"])
 def test_a_colocated_engine_is_both(policy: str) -> None:
     engines = views("colocated", [1, 0])
