@@ -1,6 +1,6 @@
 """What a link between two GPUs takes, by its channels: memory, time to set up, and speed of the prefill beside it.
 
-The sender's GPU computes prompts of 8192 tokens of DeepSeek-V2-Lite's shapes: quiet, while it sends their KV as fast as
+The sender's GPU computes prompts of 2048 tokens of DeepSeek-V2-Lite's shapes: quiet, while it sends their KV as fast as
 it makes it, and while it sends all that the link carries. The copy engines, which carry KV within a host, come last.
 
     python -m benchmarks.gpu_links
@@ -29,10 +29,10 @@ from splitserve.kv_transfer.nccl import RECEIVER, SENDER, meet
 from splitserve.models.resolve import load_model_config
 
 CHANNELS = (1, 2, 4, 8, 16, 32)
-PAYLOAD_BYTES, AHEAD = 64 << 20, 8
-CHUNK_TOKENS, ALONE_S = 8192, 0.5
+PAYLOAD_BYTES, AHEAD = 64 << 20, 16
+PROMPT_TOKENS, PROMPTS, ALONE_S = 2048, 4, 0.5  # that graphs hold: the host has little to do for them
 FIRST = "a process's first link"
-STARTUP_S, POLL_S = 60.0, 0.0003
+STARTUP_S, POLL_S = 60.0, 0.001
 Carry = Callable[[torch.Tensor], Callable[[], bool]]  # begins to carry a payload; then tells whether it is across
 
 
@@ -120,7 +120,7 @@ class Prefill:
     """One GPU's prefill, and how fast it is beside something else."""
 
     def __init__(self, device: torch.device) -> None:
-        self._runner, self._batches = load(), [batch(CHUNK_TOKENS, 1)]
+        self._runner, self._batches = load(), [batch(PROMPT_TOKENS, 1) for _ in range(PROMPTS)]
         self._payload = torch.zeros(PAYLOAD_BYTES, dtype=torch.uint8, device=device)
         self._quiet = self._rate().value
         kv = load_model_config("deepseek-v2-lite").kv_layout(1, 64, "bfloat16")
@@ -144,7 +144,7 @@ class Prefill:
             )
 
     def _rate(self) -> Figure:
-        return Figure.of([CHUNK_TOKENS / seconds for seconds in measure(self._runner, self._batches)])
+        return Figure.of([PROMPT_TOKENS * PROMPTS / seconds for seconds in measure(self._runner, self._batches)])
 
 
 class Flow:

@@ -46,20 +46,23 @@ class DeviceMover:
     def mark(self) -> Mark:
         return _recorded(torch.cuda.current_stream(self._device))
 
+    def passed(self, mark: Mark) -> bool:
+        return mark is None or bool(mark.query())  # type: ignore[no-untyped-call]
+
     def table(self, pages: Sequence[int], stop_token: int) -> torch.Tensor:
         check_pages(self.cache, pages, stop_token)
         return torch.tensor(pages, dtype=torch.int64, pin_memory=True).to(self._device, non_blocking=True)
 
-    def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: Mark) -> DeviceMove:
+    def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor) -> DeviceMove:
         with _current(self._device):
             if payload.is_cpu:
-                return self._pack_for_host(table, region, payload, after)
+                return self._pack_for_host(table, region, payload)
             if payload.device == self._device or payload.numel() not in BOUNCED_BYTES:
-                return self._run(pack_kv, table, region, payload, after)
+                return self._run(pack_kv, table, region, payload)
             bounce = self._bounce()
             packed = bounce.bytes[: payload.numel()]
             self._stream.wait_event(bounce.free)
-            move = self._run(pack_kv, table, region, packed, after)
+            move = self._run(pack_kv, table, region, packed)
             self._copies.wait_event(move.done)
             copy_async(payload, packed, self._copies)
             move.done.record(self._copies)
@@ -71,22 +74,22 @@ class DeviceMover:
             if payload.is_cpu:
                 with torch.cuda.stream(self._stream):
                     payload = payload.pin_memory().to(self._device, non_blocking=True)
-            return self._run(unpack_kv, table, region, payload, after)
+            if after is not None:
+                self._stream.wait_event(after)
+            return self._run(unpack_kv, table, region, payload)
 
-    def _pack_for_host(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: Mark) -> DeviceMove:
+    def _pack_for_host(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor) -> DeviceMove:
         with torch.cuda.stream(self._stream):
             packed = torch.empty_like(payload, device=self._device)
-            move = self._run(pack_kv, table, region, packed, after)
+            move = self._run(pack_kv, table, region, packed)
             staged = torch.empty_like(payload, pin_memory=True).copy_(packed, non_blocking=True)
             move.done.record(self._stream)
             move.fills = (payload, staged)
             return move
 
     def _run(
-        self, kernel: Callable[..., None], table: torch.Tensor, region: KvRegion, packed: torch.Tensor, after: Mark
+        self, kernel: Callable[..., None], table: torch.Tensor, region: KvRegion, packed: torch.Tensor
     ) -> DeviceMove:
-        if after is not None:
-            self._stream.wait_event(after)
         slot = next(self._slots)
         move = slot.begin()
         kernel(self._layers, table, region, packed, slot.word, SMS, self._stream)

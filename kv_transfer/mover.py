@@ -27,12 +27,15 @@ class Move(Protocol):
 
 
 class Mover(Protocol):
-    """A `payload` is uint8 of its region's size; `after` is a mark, made after the table, which the copy waits for."""
+    """A `payload` is uint8 of its region's size. Marks are made after the table that they are used with."""
 
     cache: KvCache
 
     def mark(self) -> Mark:
         """What the engine has launched up to now."""
+
+    def passed(self, mark: Mark) -> bool:
+        """Whether the device has come past `mark`. A copy behind one that it has not would hold up those behind it."""
 
     def table(self, pages: Sequence[int], stop_token: int) -> torch.Tensor:
         """Page numbers [pages] int64 on the cache's device; token t lies in pages[t // page_size].
@@ -40,11 +43,11 @@ class Mover(Protocol):
         Raises TransferFailed when they do not reach `stop_token`, repeat, or lie outside the cache.
         """
 
-    def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: Mark) -> Move:
-        """Copy `region` of a table's pages into `payload`."""
+    def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor) -> Move:
+        """Copy `region` of a table's pages, written before a mark that has passed, into `payload`."""
 
     def unpack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: Mark) -> Move:
-        """Copy `payload` into `region`. The sum is that of the words as they were written."""
+        """Copy `payload` into `region`, behind the mark `after`. The sum is that of the words as they were written."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,14 @@ class HostMover:
     def mark(self) -> None:
         """Copies follow what the engine has launched by themselves."""
 
+    def passed(self, mark: Mark) -> bool:
+        return True
+
     def table(self, pages: Sequence[int], stop_token: int) -> torch.Tensor:
         check_pages(self.cache, pages, stop_token)
         return torch.tensor(pages, dtype=torch.int64, device=self.cache.layers[0].device)
 
-    def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: Mark) -> Moved:
+    def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor) -> Moved:
         pack(self.cache, cache_rows(self.cache, table, region.heads, region.tokens), region.layers, payload)
         return Moved(weighted_sum(payload))
 

@@ -58,6 +58,7 @@ def meet(store: Store, token: str, rank: int, device: torch.device, channels: in
     options = nccl.Options()
     options._timeout = timedelta(seconds=MEET_S)
     options.config.max_ctas = channels
+    options.is_high_priority_stream = True  # its few programs go before the engine's many
     with torch.cuda.device(device):
         pair = NcclPair(nccl(PrefixStore(token, store), rank, 2, options), rank, device)
         greeting = torch.zeros(8, dtype=torch.uint8, device=device)

@@ -34,8 +34,8 @@ def next_region(
 
     `cut` and `ready` say for each layer up to which token it has been cut and computed; `token_bytes` are those of
     one token of one layer. A frame takes the first layer that has something and the next ones that stand at the same
-    tokens: all of them, where need be with fewer tokens, so that it fills its slot. One of fewer bytes than `least`
-    waits for the next layer, which is being computed.
+    tokens: all of them, where need be with fewer tokens, in as few frames as do. One of fewer bytes than `least` waits
+    for the next layer, which is being computed.
     """
     first = next((layer for layer in range(len(cut)) if cut[layer] < ready[layer]), None)
     if first is None:
@@ -46,9 +46,10 @@ def next_region(
     rows = slot_bytes // token_bytes
     if (last - first) * (stop - start) > rows:
         last = min(last, first + max(1, rows // min(TOKENS_A_CUT, stop - start)))
-        tokens = rows // (last - first)
-        whole = tokens // TOKENS_A_CUT * TOKENS_A_CUT or tokens
-        return Region((first, last), (start, min(stop, start + whole)))
+        most = rows // (last - first)
+        even = -(-(stop - start) // -(-(stop - start) // most))
+        whole = -(-even // TOKENS_A_CUT) * TOKENS_A_CUT
+        return Region((first, last), (start, min(stop, start + (whole if whole <= most else even))))
     next_comes = last < len(cut) and cut[last] == start and ready[last] < stop
     if next_comes and (last - first) * (stop - start) * token_bytes < min(least, slot_bytes // 2):
         return None
@@ -87,12 +88,14 @@ class Lane:
 class Flight:
     """A frame that has not been acknowledged. It holds a slot of its lane and is packed and sent (again) at `due`.
 
-    `move` fills `payload` while it is being packed. What has landed in the meantime keeps its slot until that ends.
+    `written` is the mark behind which its KV is in the pages, None once that has passed. `move` fills `payload` while
+    it is being packed. What has landed in the meantime keeps its slot until that ends.
     """
 
     frame: KvFrame
     lane: Lane
     due: float
+    written: Mark
     move: Move | None = None
     payload: torch.Tensor | None = None
     landed: bool = False

@@ -57,9 +57,9 @@ class KvSender:
 
     @property
     def busy(self) -> bool:
-        """Whether a device packs for a transfer, as `pump` last saw it."""
+        """Whether a device computes or packs KV for a transfer, as `pump` last saw it."""
         flights = [flight for outgoing in self._outgoing.values() for flight in outgoing.flights.values()]
-        return bool(self._stopping) or any(flight.move is not None for flight in flights)
+        return bool(self._stopping) or any(flight.move is not None or flight.written is not None for flight in flights)
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -152,8 +152,10 @@ class KvSender:
         else:
             self._cut(outgoing, now)
             for flight in list(outgoing.flights.values()):
-                if flight.move is None and now >= flight.due:
-                    self._pack(outgoing, flight)
+                if self._mover.passed(flight.written):
+                    flight.written = None
+                    if flight.move is None and now >= flight.due:
+                        self._pack(outgoing, flight)
                 self._send_packed(outgoing, flight)
             if now >= outgoing.beat_at:
                 self._beat(outgoing, now)
@@ -175,7 +177,7 @@ class KvSender:
                     offset=lane.free_slots.pop(0),
                     checksum=0,
                 )
-                outgoing.flights[frame.sequence] = Flight(frame, lane, due=now)
+                outgoing.flights[frame.sequence] = Flight(frame, lane, now, outgoing.marks[frame.layers[1] - 1])
 
     def _pack(self, outgoing: Outgoing, flight: Flight) -> None:
         """Pack a frame, anew each time it is sent: the pages keep its content, so that no copy has to wait."""
@@ -186,8 +188,7 @@ class KvSender:
         if flight.payload is None:
             return
         flight.due = self._clock() + outgoing.ticket.lease_s / TRIES_PER_LEASE
-        written = outgoing.marks[frame.layers[1] - 1]
-        flight.move = self._mover.pack(outgoing.table, region, flight.payload, after=written)
+        flight.move = self._mover.pack(outgoing.table, region, flight.payload)
 
     def _send_packed(self, outgoing: Outgoing, flight: Flight) -> None:
         """Send a frame whose payload is whole; one that has landed in the meantime is done with."""

@@ -14,7 +14,7 @@ from splitserve.cluster.layout import KvLayout
 from splitserve.kv_transfer.reshard import Piece
 
 ALIGNMENT = 64
-MIN_SLOTS = 4
+SLOTS = 4
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,12 @@ class Window:
         return Window(self.offset + index * size, size)
 
     def slots(self, smallest: int, sizes: FrameSizes) -> tuple[Window, ...]:
-        """Equal parts that take a frame each, of at least `smallest` bytes; none when not even one fits."""
-        size = min(max(self.size // MIN_SLOTS, sizes.least), sizes.most, self.size)
-        size = max(_align_down(size), _align_up(smallest))
+        """Equal parts that take a frame each, of at least `smallest` bytes; none when not even one fits.
+
+        Where frames may be large enough they are 1, 2 or 4, so that they take as many equal parts of all tokens.
+        """
+        count = max(fewest for fewest in (1, 2, SLOTS) if fewest == 1 or self.size // fewest >= sizes.least)
+        size = max(_align_down(self.size // max(count, -(-self.size // sizes.most))), _align_up(smallest))
         return tuple(Window(self.offset + index * size, size) for index in range(self.size // size))
 
 
@@ -61,12 +64,13 @@ def window_share(plan: Sequence[Piece], piece: Piece, window: Window) -> Window:
 
 
 def window_size(layout: KvLayout, num_tokens: int, source_tp: int, limit: int) -> int:
-    """Bytes worth granting for `num_tokens` of a rank with `layout`: all of them, at most `limit`.
+    """Bytes worth granting for `num_tokens` of a rank with `layout`: all of them in equal slots, at most `limit`.
 
     At least a slot a source rank, each big enough for one token of one layer.
     """
     smallest = _align_up(layout.bytes_per_token // layout.num_layers)
-    return max(_align_up(min(layout.bytes_per_token * num_tokens, limit)), source_tp * smallest)
+    slot = _align_up(layout.bytes_per_token * -(-num_tokens // (SLOTS * source_tp)))
+    return max(_align_up(min(slot * SLOTS * source_tp, limit)), source_tp * smallest)
 
 
 @dataclass

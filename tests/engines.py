@@ -46,6 +46,7 @@ from splitserve.models.resolve import load_model_config
 from splitserve.models.weights import load_model
 from splitserve.prefill_worker.engine import PrefillEngine, PrefillLimits
 from splitserve.prefill_worker.outlet import SendOutlet, SendService
+from splitserve.prefill_worker.runner import PrefillRunner
 from tests.kv_transfer.ranks import SlowDevice, SlowMover
 
 ROUTER = b"router"
@@ -69,6 +70,7 @@ class Settings:
     lease_s: float = 20.0
     capacities: tuple[int, ...] = ()  # of decode graphs; without them decode runs step by step
     device: str = "cpu"
+    graph_tokens: tuple[int, ...] = ()  # of prefill graphs; without them prefill runs torch operations
     dtype: Dtype = "float32"
 
 
@@ -149,8 +151,11 @@ class InProcessCluster:
         return [blocks.free_pages for blocks in self.blocks]
 
     def _runner(self) -> ModelRunner:
-        device = torch.device(self.settings.device)
-        return ModelRunner(self._model, KvCache(self.layout, self.settings.pages, device), device)
+        settings, device = self.settings, torch.device(self.settings.device)
+        cache = KvCache(self.layout, settings.pages, device)
+        if settings.graph_tokens:
+            return PrefillRunner(self._model, cache, device, settings.chunk_tokens, settings.graph_tokens)
+        return ModelRunner(self._model, cache, device)
 
     def _split(self) -> list[Any]:
         settings, clock = self.settings, time.monotonic

@@ -58,7 +58,7 @@ def test_payload_and_sum_are_the_hosts(name: str, seed: int) -> None:
     rows = cache_rows(cache, table, region.heads, region.tokens)
     layers = PagedLayers.of(cache.layers)
     expected = torch.empty(region.rows(layers.planes) * layers.row_bytes, dtype=torch.uint8)
-    expected_total = host.pack(table, region, expected, None).total()
+    expected_total = host.pack(table, region, expected).total()
 
     payload, total = torch.empty_like(expected, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
     pack_kv(layers, table, region, payload, total, sms=dice.choice((0, 1)))

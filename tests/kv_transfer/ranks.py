@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
@@ -96,9 +96,12 @@ class SlowDevice:
     def start(self, copy: Callable[[], Moved]) -> Move:
         if not self._longest_s:
             return copy()
-        move = SlowMove(self, copy, self.clock() + self._random.uniform(0, self._longest_s))
+        move = SlowMove(self, copy, self.due())
         self._under_way.append(move)
         return move
+
+    def due(self) -> float:
+        return self.clock() + self._random.uniform(0, self._longest_s)
 
     def tick(self) -> None:
         while self._under_way and self._under_way[0].due <= self.clock():
@@ -125,17 +128,23 @@ class SlowMove:
 
 
 class SlowMover(HostMover):
-    """Copies as `HostMover` does, but on a `SlowDevice`."""
+    """Copies as `HostMover` does, but on a `SlowDevice`, which also takes a while to come past marks."""
 
     def __init__(self, cache: KvCache, device: SlowDevice) -> None:
         super().__init__(cache)
         self._device = device
 
-    def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: Mark) -> Move:  # type: ignore[override]
-        return self._device.start(lambda: HostMover.pack(self, table, region, payload, after))
+    def mark(self) -> Mark:  # type: ignore[override]
+        return cast(Mark, self._device.due())
+
+    def passed(self, mark: Mark) -> bool:
+        return mark is None or cast(float, mark) <= self._device.clock()
+
+    def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor) -> Move:  # type: ignore[override]
+        return self._device.start(lambda: HostMover.pack(self, table, region, payload))
 
     def unpack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: Mark) -> Move:  # type: ignore[override]
-        return self._device.start(lambda: HostMover.unpack(self, table, region, payload, after))
+        return self._device.start(lambda: HostMover.unpack(self, table, region, payload, None))
 
 
 @dataclass

@@ -34,7 +34,7 @@ def filled_cache(seed: int, device: str = "cuda") -> KvCache:
 
 def expected_payload(seed: int) -> tuple[torch.Tensor, int]:
     host, payload = HostMover(filled_cache(seed, "cpu")), torch.empty(SIZE, dtype=torch.uint8)
-    return payload, host.pack(host.table(PAGES, 500), REGION, payload, None).total()
+    return payload, host.pack(host.table(PAGES, 500), REGION, payload).total()
 
 
 def total_of(move: DeviceMove) -> int:
@@ -49,35 +49,50 @@ def test_payloads_are_those_of_the_host(where: str) -> None:
     payload, expected = expected_payload(1)
     mover = DeviceMover(filled_cache(1))
     found = torch.empty(SIZE, dtype=torch.uint8, device=where)
-    assert total_of(mover.pack(mover.table(PAGES, 500), REGION, found, mover.mark())) == expected
+    assert total_of(mover.pack(mover.table(PAGES, 500), REGION, found)) == expected
     assert torch.equal(found.cpu(), payload)
 
     target = DeviceMover(filled_cache(2))
     assert total_of(target.unpack(target.table(PAGES, 500), REGION, payload.to(where), target.mark())) == expected
     back = torch.empty(SIZE, dtype=torch.uint8)
-    assert total_of(target.pack(target.table(PAGES, 500), REGION, back, target.mark())) == expected
+    assert total_of(target.pack(target.table(PAGES, 500), REGION, back)) == expected
     for left, right in zip(target.cache.layers, filled_cache(2).layers, strict=True):
         untouched = [page for page in range(12) if page not in PAGES]
         assert torch.equal(left[:, untouched], right[:, untouched])
 
 
-def test_copies_wait_for_their_mark_and_the_engine_for_settled_copies() -> None:
+def test_marks_pass_in_time_and_the_engine_waits_for_settled_copies() -> None:
     mover, payload = DeviceMover(filled_cache(1)), torch.empty(SIZE, dtype=torch.uint8, device="cuda")
     table, (_, other), source = mover.table(PAGES, 500), expected_payload(3), filled_cache(3)
     torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
     for layer, values in zip(mover.cache.layers, source.layers, strict=True):
         layer.copy_(values)
-    move = mover.pack(table, REGION, payload, mover.mark())
-    assert move.total() is None
+    mark = mover.mark()
+    assert not mover.passed(mark)
+    torch.cuda.synchronize()
+    assert mover.passed(mark)
+    move = mover.pack(table, REGION, payload)
     move.settle()
     mover.cache.layers[1].zero_()
     assert total_of(move) == other
 
 
+def test_what_comes_in_waits_for_its_mark() -> None:
+    mover, (payload, expected) = DeviceMover(filled_cache(1)), expected_payload(3)
+    table, packed = mover.table(PAGES, 500), payload.cuda()
+    torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
+    mover.cache.layers[1].zero_()
+    move = mover.unpack(table, REGION, packed, mover.mark())
+    assert move.total() is None
+    assert total_of(move) == expected
+    back = torch.empty_like(packed)
+    assert total_of(mover.pack(table, REGION, back)) == expected
+
+
 def fill(connection: Connection, name: str, device: str) -> None:
     mapping = CudaMapping(name, torch.device(device))
     mover = DeviceMover(filled_cache(4, device))
-    total = total_of(mover.pack(mover.table(PAGES, 500), REGION, mapping.bytes[4096 : 4096 + SIZE], mover.mark()))
+    total = total_of(mover.pack(mover.table(PAGES, 500), REGION, mapping.bytes[4096 : 4096 + SIZE]))
     connection.send((mapping.bytes.numel(), total))
     connection.recv()
     mapping.close()

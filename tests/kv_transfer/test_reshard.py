@@ -68,7 +68,7 @@ def test_pieces_rebuild_every_target_exactly_once(
         leaving = KvRegion(layers, piece.source_heads, tokens)
         arriving = KvRegion(layers, piece.target_heads, tokens)
         sender, receiver = HostMover(cache), HostMover(result)
-        packed = sender.pack(sender.table(source_pages, stop), leaving, payload, None)
+        packed = sender.pack(sender.table(source_pages, stop), leaving, payload)
         unpacked = receiver.unpack(receiver.table(target_pages, stop), arriving, payload, None)
         assert packed == unpacked
 
@@ -135,7 +135,7 @@ def test_bfloat16_travels_bit_for_bit() -> None:
     source.layers[0].view(torch.int16).copy_(torch.arange(source.layers[0].numel()).view_as(source.layers[0]) * 997)
     payload = torch.empty(2 * 4 * 4 * 2, dtype=torch.uint8)
     sender, receiver, region = HostMover(source), HostMover(target), KvRegion((0, 1), (0, 1), (0, 4))
-    sender.pack(sender.table([3, 1], 4), region, payload, None)
+    sender.pack(sender.table([3, 1], 4), region, payload)
     receiver.unpack(receiver.table([0, 2], 4), region, payload, None)
     for source_page, target_page in ((3, 0), (1, 2)):
         left, right = source.layers[0][:, source_page], target.layers[0][:, target_page]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 
@@ -203,13 +204,15 @@ def slow_pair(seconds: float) -> tuple[Pair, Ticket]:
     ticket = pair.open("r/0", [0, 1], 0, 8, WINDOW)
     pair.begin(ticket, [0, 1], dense_kv(pair.source, 8))
     pair.all_ready(ticket)
+    while not pair.devices[0].busy:  # its KV is still being computed
+        pair.tick(0.1)
+        pair.senders[0].pump()
     return pair, ticket
 
 
 def test_a_sender_that_stops_writes_no_more_when_it_says_so() -> None:
     pair, _ = slow_pair(3.0)
     staging = pair.network.staging["target/0"]
-    pair.senders[0].pump()
     pair.senders[0].abort("r/0", "cancelled")
     received: list[list[ReceiverEvent]] = [[]]
     while pair.devices[0].busy:
@@ -227,7 +230,6 @@ def test_a_slot_is_not_filled_anew_while_it_is_being_packed() -> None:
     pair, ticket = slow_pair(3.0)
     sender = pair.senders[0]
     (lane,) = sender._outgoing["r/0"].lanes
-    sender.pump()
     (flight,) = sender._outgoing["r/0"].flights.values()
     slots = len(lane.free_slots)
     pair.network.post("source/0", "target/0", seal(KvAck("r/0", ticket.epoch, flight.frame.sequence)))
@@ -239,10 +241,28 @@ def test_a_slot_is_not_filled_anew_while_it_is_being_packed() -> None:
     assert len(lane.free_slots) == slots + 1
 
 
+def test_a_prompt_that_is_being_computed_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(layout(1), layout(1))
+    sender, marks = pair.senders[0], itertools.count()
+    monkeypatch.setattr(sender._mover, "mark", lambda: next(marks))
+    monkeypatch.setattr(sender._mover, "passed", lambda mark: mark is None or mark >= layout(1).num_layers)
+    for number, name in enumerate(["first", "second"]):
+        pages = [3 * number, 3 * number + 1, 3 * number + 2]
+        ticket = pair.open(name, pages, 0, 12, Window(4096 * number, 4096))
+        pair.begin(ticket, pages, dense_kv(pair.source, 12))
+        pair.all_ready(ticket)
+    events = [event for _ in range(20) for event in pair.step()[1][0]]
+    assert events == [Verified("second", HAND_OFF)]
+    assert sender.busy
+    monkeypatch.setattr(sender._mover, "passed", lambda mark: True)
+    events = [event for _ in range(20) for event in pair.step()[1][0]]
+    assert events == [Verified("first", HAND_OFF)]
+    assert not sender.busy
+
+
 def test_a_repeated_frame_is_written_once() -> None:
-    pair, _ = slow_pair(3.0)
+    pair, _ = slow_pair(0.5)
     pair.network.faults = Faults(repeat=1.0)
-    pair.senders[0].pump()
     while pair.devices[0].busy:
         pair.tick(0.1)
     pair.senders[0].pump()

@@ -36,7 +36,8 @@ def test_of_equally_loaded_prefill_engines_a_linked_one_comes_first() -> None:
         prefill, decode = place(prefills, decodes, "least_load", counter, linked)
         linked.add((prefill.engine, decode.engine))
     assert len(linked) == 2, "a link for each decode engine, none for every pair"
-    assert place(views("prefill", [2, 2, 1]), decodes, "least_load", 0, {("prefill/0/0", "decode/0/0")})[0].engine == "prefill/2/0"
+    prefill, _ = place(views("prefill", [2, 2, 1]), decodes, "least_load", 0, linked={("prefill/0/0", "decode/0/0")})
+    assert prefill.engine == "prefill/2/0"
 
 
 @pytest.mark.parametrize("policy", ["round_robin", "least_load"])
