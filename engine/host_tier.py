@@ -9,6 +9,7 @@ import torch
 
 from splitserve.engine.host_pages import Pairs
 from splitserve.engine.kv_cache import KvCache
+from splitserve.engine.to_device import to_device
 
 CHUNK_BYTES = 32 << 20
 
@@ -36,7 +37,7 @@ class HostTier:
             self._load(loads)
 
     def _save(self, saves: Pairs) -> None:
-        pages = self._index([page for page, _ in saves])
+        pages = to_device([page for page, _ in saves], self._device)
         staged = torch.stack([layer.index_select(1, pages).transpose(0, 1) for layer in self._cache.layers], dim=1)
         with self._aside(staged):
             for page, (_, place) in zip(staged, saves, strict=True):
@@ -50,12 +51,9 @@ class HostTier:
                 page.copy_(self._at(place), non_blocking=True)
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        pages = self._index([page for _, page in loads])
+        pages = to_device([page for _, page in loads], self._device)
         for layer, copies in zip(self._cache.layers, staged.unbind(1), strict=True):
             layer.index_copy_(1, pages, copies.transpose(0, 1))
-
-    def _index(self, pages: list[int]) -> torch.Tensor:
-        return torch.tensor(pages, dtype=torch.int64).to(self._device, non_blocking=True)
 
     def _at(self, place: int) -> torch.Tensor:
         """A place [layers, planes, heads, page_size, head_dim]."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from splitserve.cluster.layout import KvLayout
+from splitserve.engine.to_device import to_device
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,7 +32,7 @@ class KvCache:
         """Copy whole pages, (source, destination) each, in every layer. Destinations must be distinct from sources."""
         if not (pages := list(pairs)):
             return
-        sources, destinations = torch.tensor(pages, device=self.layers[0].device).unbind(1)
+        sources, destinations = to_device(pages, self.layers[0].device).unbind(1)
         for layer in self.layers:
             layer[:, destinations] = layer[:, sources]
 

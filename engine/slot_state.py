@@ -18,6 +18,7 @@ import torch
 from splitserve.cluster.codec import message
 from splitserve.cluster.sampling import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
 from splitserve.engine.sequence import Sequence
+from splitserve.engine.to_device import to_device
 from splitserve.kernels.sampling import BARRED_FOREVER, SamplerState
 from splitserve.kernels.slot_rows import SlotTable
 from splitserve.kernels.word_updates import update_words
@@ -206,11 +207,10 @@ class SlotState:
     def _count(self, history: History) -> None:
         """Count tokens for the penalties: bit 15 for the prompt, below it the times generated."""
         row = self.sampler.counts[history.slot].zero_()
-        ids = torch.tensor(history.token_ids, device=row.device)
-        prompt, output = ids[: history.prompt_tokens], ids[history.prompt_tokens :]
-        seen, times = torch.unique(output, return_counts=True)
-        row[seen] = times.clamp(max=2**15 - 1).to(torch.int16)
-        row[prompt] |= -(2**15)
+        prompt, output = history.token_ids[: history.prompt_tokens], history.token_ids[history.prompt_tokens :]
+        seen, times = np.unique(np.array(output, dtype=np.int64), return_counts=True)
+        row[to_device(seen.tolist(), row.device)] = to_device(times.tolist(), row.device).clamp(max=2**15 - 1).short()
+        row[to_device(prompt, row.device)] |= -(2**15)
 
     def _view(self, field: _Field) -> torch.Tensor:
         words = self.words[field.start : field.start + field.words * self.layout.slots]

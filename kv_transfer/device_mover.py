@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from splitserve.engine.kv_cache import KvCache
+from splitserve.engine.to_device import to_device
 from splitserve.kernels.kv_pack import KvRegion, PagedLayers, pack_kv, unpack_kv
 from splitserve.kv_transfer.checksum import signed
 from splitserve.kv_transfer.cuda_driver import copy_async
@@ -51,7 +52,7 @@ class DeviceMover:
 
     def table(self, pages: Sequence[int], stop_token: int) -> torch.Tensor:
         check_pages(self.cache, pages, stop_token)
-        return torch.tensor(pages, dtype=torch.int64, pin_memory=True).to(self._device, non_blocking=True)
+        return to_device(pages, self._device)
 
     def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor) -> DeviceMove:
         with _current(self._device):

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from splitserve.engine.kv_cache import KvCache
+from splitserve.engine.to_device import to_device
 from splitserve.kernels.kv_pack import KvRegion
 from splitserve.kv_transfer.checksum import weighted_sum
 from splitserve.kv_transfer.packing import cache_rows, check_pages, pack, unpack
@@ -77,7 +78,7 @@ class HostMover:
 
     def table(self, pages: Sequence[int], stop_token: int) -> torch.Tensor:
         check_pages(self.cache, pages, stop_token)
-        return torch.tensor(pages, dtype=torch.int64, device=self.cache.layers[0].device)
+        return to_device(pages, self.cache.layers[0].device)
 
     def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor) -> Moved:
         pack(self.cache, cache_rows(self.cache, table, region.heads, region.tokens), region.layers, payload)

@@ -42,6 +42,7 @@ from splitserve.engine.ranks import Ranks
 from splitserve.engine.sampler import prompt_logprobs
 from splitserve.engine.sequence import ModelLimits, Sequence
 from splitserve.engine.serving import Send
+from splitserve.engine.to_device import to_device
 from splitserve.prefill_worker.outlet import KvOutlet
 from splitserve.prefill_worker.scheduler import plan_chunks
 
@@ -227,7 +228,7 @@ class PrefillEngine:
                 prompts.append((request, _samples(request)))
                 rows += [row - 1] * request.message.params.n
         samples = [sample for _, samples in prompts for sample in samples]
-        return _Launched(prompts, self._chooser.choose(_rows(logits, rows), samples))
+        return _Launched(prompts, self._chooser.choose(logits[to_device(rows, logits.device)], samples))
 
     def _note_prompt_logprobs(self, request: _Request, size: int, rows: torch.Tensor) -> None:
         sequence, top = request.sequence, request.message.params.prompt_logprobs
@@ -295,12 +296,6 @@ class PrefillEngine:
         if request in self._running:
             self._running.remove(request)
         self._sending.pop(request.transfer_id, None)
-
-
-def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """`logits[rows]`, which would wait for the device to be done with all that it has to do."""
-    index = torch.tensor(rows, dtype=torch.int64, pin_memory=logits.is_cuda)
-    return logits[index.to(logits.device, non_blocking=True)]
 
 
 def _samples(request: _Request) -> list[Sequence]:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 
 
 def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
-    """Prompts that graphs hold and longer ones, several samples, a preemption: torch raises where a call would wait."""
+    """Short and long prompts, samples, penalties, a preemption: torch raises where a call would wait."""
     write_tiny_moe(tmp_path)
     settings = Settings(
         split=False, chunk_tokens=256, capacities=(16,), graph_tokens=(64,), device="cuda", dtype="bfloat16", pages=60
@@ -26,7 +26,9 @@ def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
 
     def ask(round_: int) -> None:
         for number, length in enumerate((5, 60, 200, 300, 40, 90)):
-            params = SamplingParams(max_tokens=60, ignore_eos=True, n=1 + number % 2, temperature=0.7, seed=number)
+            params = SamplingParams(
+                max_tokens=60, ignore_eos=True, n=1 + number % 2, temperature=0.7, repetition_penalty=1.1, seed=number
+            )
             cluster.ask(f"{round_}-{number}", dice.choices(range(3, 300), k=length), params)
 
     ask(0)
