@@ -26,6 +26,8 @@ from splitserve.cluster.units import SIZE_PATTERN, parse_bytes
 
 Role = Literal["prefill", "decode", "colocated"]
 DEFAULT_CHUNK_TOKENS = 512
+# Of a prefill rank's GPU, for payloads that are packed and not yet across: within the host, and to others.
+BOUNCE_BYTES, PACKED_BYTES = 128 << 20, 256 << 20
 
 
 def _bytes(value: object) -> object:
@@ -357,10 +359,15 @@ class Topology(_Section):
         return self.kv_transfer.staging or (1024 if self.local_transport in ("cuda_ipc", "nccl") else on_host) * 2**20
 
     def gpu_staging(self, role: Role) -> int:
-        """What of a rank's GPU is for KV on its way: staging, and communicators where it comes from other hosts."""
-        staging = self.staging if role == "decode" and self.local_transport in ("cuda_ipc", "nccl") else 0
-        linked = self.remote_transport == "nccl" and (self.hosts.count > 1 or self.local_transport == "nccl")
-        return staging + (self.kv_transfer.link_memory if linked else 0)
+        """What of a rank's GPU is for KV on its way: staging, packed payloads, and communicators between hosts."""
+        if not self._between_gpus:
+            return 0
+        by_copy, local_link = self.local_transport == "cuda_ipc", self.local_transport == "nccl"
+        linked = local_link or (self.hosts.count > 1 and self.remote_transport == "nccl")
+        links = self.kv_transfer.link_memory if linked else 0
+        if role == "decode":
+            return links + (self.staging if by_copy or local_link else 0)
+        return links + BOUNCE_BYTES * by_copy + PACKED_BYTES * linked
 
     def pool(self, role: Role) -> PrefillPool | DecodePool:
         """The pool of `role`. Raises KeyError for a role that this cluster does not have."""

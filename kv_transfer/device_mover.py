@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from splitserve.cluster.topology import BOUNCE_BYTES
 from splitserve.engine.kv_cache import KvCache
 from splitserve.engine.to_device import to_device
 from splitserve.kernels.kv_pack import KvRegion, PagedLayers, pack_kv, unpack_kv
@@ -22,8 +23,8 @@ from splitserve.kv_transfer.packing import check_pages
 
 SMS = 16  # of the GPU's, which one copy takes: the engine computes on the others
 # Payloads for another GPU of these sizes are packed here first: its copy engines are faster across than SMs.
-BOUNCED_BYTES = range(1 << 20, (64 << 20) + 1)
 BOUNCES, SLOTS = 2, 1024
+BOUNCED_BYTES = range(1 << 20, BOUNCE_BYTES // BOUNCES + 1)
 WORD_STRIDE = 2  # 16 bytes, so that one compiled kernel does for every word
 
 

@@ -24,6 +24,7 @@ from splitserve.cluster.channel import KV_IDLE_S, Socket
 from splitserve.cluster.codec import message
 from splitserve.cluster.errors import ProtocolError
 from splitserve.cluster.messages import RankEndpoint
+from splitserve.cluster.topology import PACKED_BYTES
 from splitserve.kv_transfer.links import Link, Pair
 from splitserve.kv_transfer.protocol import seal, unseal
 from splitserve.kv_transfer.staging import FrameSizes
@@ -34,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 MARK = b"\xc1"  # in front of what links say: no MessagePack begins with it
 FRAMES = FrameSizes(16 << 20, 32 << 20)
-PACKED_BYTES = 256 << 20  # of the sender's GPU, for payloads that are packed and not yet across
 IDLE = "not used"
 RETRY_S = 1.0, 30.0  # after a link has ended: at first, and at most
 PATIENCE_S = 3.0  # a payload takes milliseconds: one that takes this long has lost its other end

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from splitserve.cluster.errors import TopologyError, TopologyErrors
+from splitserve.cluster.topology import BOUNCE_BYTES
 from splitserve.cluster.topology_file import load_topology_file
 from splitserve.deploy.check import render_plan
 from splitserve.deploy.placement import Slot
@@ -194,8 +195,8 @@ def test_ways_between_gpus_need_both_pools_on_gpus(tmp_path: Path, transport: st
 def test_communicators_between_hosts_count_as_memory_of_both(tmp_path: Path) -> None:
     cuda = {"device": "cuda", "kv_memory": "3GiB"}
     raw: dict[str, Any] = {"prefill": cuda, "decode": cuda, "hosts": {"gpus": 2, "gpu_memory": "8GiB"}}
-    assert plan_text(tmp_path, raw).topology.gpu_staging("prefill") == 0
-    raw["kv_transfer"] = {"transport": "nccl", "link_memory": "2GiB", "staging": "2GiB"}
+    assert plan_text(tmp_path, raw).topology.gpu_staging("prefill") == BOUNCE_BYTES
+    raw["kv_transfer"] = {"transport": "nccl", "link_memory": "1792MiB", "staging": "2304MiB"}
     faults = faults_of(tmp_path, raw)
     assert set(faults) == {"prefill.kv_memory", "decode.kv_memory"}
     assert "2 GiB of staging" in faults["prefill.kv_memory"].expected

@@ -12,7 +12,8 @@ import torch
 from splitserve.cluster.channel import KV_IDLE_S
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.messages import RankEndpoint
-from splitserve.kv_transfer.linked import FRAMES, MARK, PACKED_BYTES, KvPut, LinkedReceiver, LinkedSender
+from splitserve.cluster.topology import PACKED_BYTES
+from splitserve.kv_transfer.linked import FRAMES, MARK, KvPut, LinkedReceiver, LinkedSender
 from splitserve.kv_transfer.protocol import seal
 from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender
 from splitserve.kv_transfer.transport import Arrival
