@@ -20,11 +20,13 @@ from splitserve.kv_transfer.checksum import signed
 from splitserve.kv_transfer.cuda_driver import copy_async
 from splitserve.kv_transfer.mover import Mark
 from splitserve.kv_transfer.packing import check_pages
+from splitserve.kv_transfer.staging import HOST_FRAMES
 
 SMS = 16  # of the GPU's, which one copy takes: the engine computes on the others
 # Payloads for another GPU of these sizes are packed here first: its copy engines are faster across than SMs.
 BOUNCES, SLOTS = 2, 1024
 BOUNCED_BYTES = range(1 << 20, BOUNCE_BYTES // BOUNCES + 1)
+HOST_PAYLOADS = 8  # at once, that travel with their messages
 WORD_STRIDE = 2  # 16 bytes, so that one compiled kernel does for every word
 
 
@@ -43,6 +45,7 @@ class DeviceMover:
         words = torch.zeros(SLOTS, WORD_STRIDE, dtype=torch.int64, device=self._device)
         sums = torch.zeros(SLOTS, dtype=torch.int64, pin_memory=True)
         self._slots = itertools.cycle([_Slot(words[n, :1], sums[n : n + 1]) for n in range(SLOTS)])
+        _fill_pinned_pool()
         torch.cuda.current_stream(self._device).synchronize()
 
     def mark(self) -> Mark:
@@ -175,6 +178,12 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
     if torch.cuda.current_device() == device.index:
         return contextlib.nullcontext()
     return torch.cuda.device(device)
+
+
+def _fill_pinned_pool() -> None:
+    """For payloads on the host, so that none waits for memory: the driver gives that when the device has paused."""
+    sizes = [HOST_FRAMES.most >> halvings for halvings in range(12) for _ in range(HOST_PAYLOADS)]  # as torch keeps it
+    _ = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes]
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:

@@ -92,6 +92,7 @@ class LinkedSender:
         self._control, self._device, self._meet = control, device, meet
         self._max_links, self._clock = max_links, clock
         self._peers: dict[str, _Peer] = {}
+        self._ending: list[Link] = []
         self._packed: list[weakref.ref[torch.Tensor]] = []
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
@@ -152,6 +153,7 @@ class LinkedSender:
     def close(self) -> None:
         for link in self.links:
             link.drop("the sender is shutting down")
+        for link in [*self.links, *self._ending]:
             link.join(PATIENCE_S)
         self._control.close()
 
@@ -160,7 +162,11 @@ class LinkedSender:
         if not target.link:
             return None
         peer = self._peers.setdefault(target.address, _Peer())
-        if peer.link is None and self._clock() >= peer.retry_at and _make_room(self.links, self._max_links):
+        if (
+            peer.link is None
+            and self._clock() >= peer.retry_at
+            and _make_room(self.links, self._ending, self._max_links)
+        ):
             token = secrets.token_hex(8)
             self._control.send_parts(target, [MARK + seal(KvMeet(token))])
             peer.link, peer.puts = Link(token, lambda: self._meet(target.link, token), PATIENCE_S, self._clock), 0
@@ -176,13 +182,13 @@ class LinkedSender:
             peer.failures = 0
         if link.idle and self._clock() - link.used_at > KV_IDLE_S:
             link.drop(IDLE)
-        if link.state == "down" and link.join(0):
+        if link.state == "down":
             if link.reason != IDLE:
                 peer.failures += 1
                 first, most = RETRY_S
                 peer.retry_at = self._clock() + min(most, first * 2 ** (peer.failures - 1))
                 logger.warning("KV for %s goes over TCP for now: %s", address, link.reason)
-            peer.link = None
+            peer.link, self._ending = None, [*_not_over(self._ending), link]
 
     def _hear(self, reply: bytes) -> None:
         part = _read(reply)
@@ -279,7 +285,7 @@ class LinkedReceiver:
     def _accept(self, peer: bytes, token: str) -> None:
         if peer in self._incoming:
             self._part(peer, "the sender makes another link")
-        if not _make_room(self.links, self._max_links):
+        if not _make_room(self.links, self._ending, self._max_links):
             self._control.send(peer, MARK + seal(KvPart(token, "the receiver has no memory for another link")))
             return
         # Less than the sender's: it hears of a link that is stuck, and one that waits for its turn is not given up.
@@ -295,7 +301,7 @@ class LinkedReceiver:
     def _part(self, peer: bytes, reason: str) -> None:
         link = self._incoming.pop(peer).link
         link.drop(reason)
-        self._ending = [other for other in self._ending if not other.join(0)] + [link]
+        self._ending = [*_not_over(self._ending), link]
         self._control.send(peer, MARK + seal(KvPart(link.token, reason)))
 
     def _post(self) -> None:
@@ -314,15 +320,21 @@ class LinkedReceiver:
                 incoming.posted.append(header)
 
 
-def _make_room(links: list[Link], most: int) -> bool:
-    """Whether another link may be made, after the idle one that was used longest ago has left, where that helps."""
-    alive = [link for link in links if link.state != "down"]
-    if len(links) < most:
+def _make_room(links: list[Link], ending: list[Link], most: int) -> bool:
+    """Whether another link may be made, after the idle one that was used longest ago has left, where that helps.
+
+    An end that is down counts while it has its communicator: one that has met nobody may wait for that for good.
+    """
+    if len(links) + sum(link.is_aborting for link in ending) < most:
         return True
-    idle = [link for link in alive if link.state == "up" and link.idle]
+    idle = [link for link in links if link.state == "up" and link.idle]
     if idle:
         min(idle, key=lambda link: link.used_at).drop(IDLE)
     return False
+
+
+def _not_over(ending: list[Link]) -> list[Link]:
+    return [link for link in ending if not link.join(0)]
 
 
 def _read(data: bytes) -> object:

@@ -16,6 +16,8 @@ from typing import Literal, Protocol
 
 import torch
 
+LOOKS = 4  # at a link's progress, in the time after which it goes down
+
 
 class Transit(Protocol):
     def is_completed(self) -> bool: ...
@@ -40,9 +42,11 @@ class _UnderWay:
 
 
 class Link:
-    """`meet` makes the communicator, in a thread, once the other end does the same.
+    """`meet` makes the communicator, once the other end does the same.
 
-    A transit that takes longer than `patience_s` takes the link down. `clock` gives seconds, monotonic.
+    A transit that takes longer than `patience_s` takes the link down. A thread sees to that: whoever uses the link may
+    itself be kept waiting by a transit that does not end, in any call of the driver's that waits for the whole device.
+    `clock` gives seconds, monotonic.
     """
 
     def __init__(self, token: str, meet: Callable[[], Pair], patience_s: float, clock: Callable[[], float]) -> None:
@@ -53,7 +57,7 @@ class Link:
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._under_way: deque[_UnderWay] = deque()
-        self._thread = threading.Thread(target=self._meet, args=(meet,), name=f"link {token}", daemon=True)
+        self._thread = threading.Thread(target=self._live, args=(meet,), name=f"link {token}", daemon=True)
         self._thread.start()
 
     @property
@@ -66,6 +70,11 @@ class Link:
     def idle(self) -> bool:
         return not self._under_way
 
+    @property
+    def is_aborting(self) -> bool:
+        """Whether it is down, and its communicator still there."""
+        return self.state == "down" and self._pair is not None and self._thread.is_alive()
+
     def send(self, payload: torch.Tensor) -> None:
         assert self._pair is not None
         self._begin(self._pair.send, payload)
@@ -75,34 +84,22 @@ class Link:
         self._begin(self._pair.receive, place)
 
     def completed(self) -> int:
-        """How many transits have ended since the last call. A link that makes no progress goes down."""
+        """How many transits have ended since the last call."""
         count = 0
-        while self._under_way and self.state == "up":
-            first = self._under_way[0]
-            if first.transit.is_completed():
-                self._under_way.popleft()
-                count += 1
-            elif self._clock() - first.began > self._patience_s:
-                self.drop(f"no progress for {self._patience_s:g} s")
-            else:
-                break
+        while self.state == "up" and self._under_way and self._under_way[0].transit.is_completed():
+            self._under_way.popleft()
+            count += 1
         return count
 
     def drop(self, reason: str) -> None:
         """Take the link down; what was under way is lost."""
         with self._lock:
-            if self._over.is_set():
-                return
-            self.reason = reason
-            self._over.set()
-            pair, held = self._pair, list(self._under_way)
-        self._under_way.clear()
-        if pair is not None:
-            self._thread = threading.Thread(target=_abort, args=(pair, held), name=f"end of {self.token}", daemon=True)
-            self._thread.start()
+            if not self._over.is_set():
+                self.reason = reason
+                self._over.set()
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for what goes on in the background; whether it has ended."""
+        """Wait for a link that is down; whether nothing of it goes on any more."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -113,19 +110,14 @@ class Link:
         except RuntimeError as error:
             self.drop(str(error))
 
-    def _meet(self, meet: Callable[[], Pair]) -> None:
+    def _live(self, meet: Callable[[], Pair]) -> None:
         try:
-            pair = meet()
+            pair = self._pair = meet()
         except Exception as error:  # torch raises several unrelated types
             self.drop(f"the other end was not met: {error}")
             return
-        with self._lock:
-            if not self._over.is_set():
-                self._pair = pair
-                return
+        while not self._over.wait(self._patience_s / LOOKS):
+            oldest = next(iter(self._under_way.copy()), None)
+            if oldest is not None and self._clock() - oldest.began > self._patience_s:
+                self.drop(f"no progress for {self._patience_s:g} s")
         pair.abort()
-
-
-def _abort(pair: Pair, held: list[_UnderWay]) -> None:
-    pair.abort()
-    held.clear()

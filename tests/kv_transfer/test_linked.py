@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -13,11 +14,12 @@ from splitserve.cluster.channel import KV_IDLE_S
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.messages import RankEndpoint
 from splitserve.cluster.topology import PACKED_BYTES
-from splitserve.kv_transfer.linked import FRAMES, MARK, KvPut, LinkedReceiver, LinkedSender
+from splitserve.kv_transfer.linked import FRAMES, MARK, RETRY_S, KvPut, LinkedReceiver, LinkedSender
+from splitserve.kv_transfer.links import Link
 from splitserve.kv_transfer.protocol import seal
 from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender
 from splitserve.kv_transfer.transport import Arrival
-from tests.kv_transfer.pairs import Exchange
+from tests.kv_transfer.pairs import Exchange, FakePair
 
 CPU = torch.device("cpu")
 HEADER = b"\x93 a header"
@@ -92,6 +94,42 @@ def test_payloads_cross_a_link_in_order_and_are_announced_when_they_are_there(st
     assert ends.staging[64::256][:8].tolist() == list(range(1, 9))
     assert ends.staging[200::256][:8].tolist() == [0] * 8
     assert not ends.receiver.busy
+
+
+def test_a_link_goes_down_by_itself_while_its_user_is_kept_waiting() -> None:
+    """By a call of the driver's, say, that waits for all that runs on the device, the stuck transit among it."""
+    exchange = Exchange()
+    link, _ = (Link("t", lambda: exchange.meet("t"), 0.2, time.monotonic) for _ in range(2))
+    while link.state == "connecting":
+        time.sleep(0.001)
+    link.send(torch.ones(8))
+    time.sleep(0.5)
+    assert link.state == "down"
+    assert link.reason == "no progress for 0.2 s"
+    assert link.join(1.0)
+    assert sum(pair.aborted for pair in exchange.pairs) == 1
+
+
+def test_an_end_that_waits_for_good_keeps_no_other_from_its_place(stack: ExitStack) -> None:
+    clock, stuck = Clock(), threading.Event()
+    stack.callback(stuck.set)
+
+    def meet(endpoint: str, token: str) -> FakePair:
+        if endpoint == "gone":
+            stuck.wait()
+        raise TransferFailed("nobody is there")
+
+    sender = stack.enter_context(closing(LinkedSender(TcpSender(clock), CPU, meet, 1, clock)))
+    gone, there = (RankEndpoint("tcp://127.0.0.1:9", "nccl", "", "", 0, 64, link=link) for link in ("gone", "there"))
+    sender.connect(gone)
+    (first,) = sender.links
+    first.drop("its receiver has left")
+    sender.receive()
+    clock.ahead += RETRY_S[1]
+    sender.connect(there)
+    (second,) = sender.links
+    assert second is not first
+    assert not first.join(0)
 
 
 def test_until_a_link_is_up_payloads_go_over_tcp(stack: ExitStack) -> None:
