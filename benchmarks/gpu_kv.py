@@ -2,9 +2,9 @@
 
 A prefill rank on cuda:1 sends all layers of a prompt to a decode rank on cuda:0: packing, the way, the checksum and
 scattering included, from when the KV lies in the source's pages until it is verified in the target's. The peer is
-NCCL's send and receive of as many bytes, one message, between the same GPUs, in the same run: with all channels that it
-takes by itself for `cuda_ipc`, with as many as our links have for `nccl`. For `shm`, through host memory, it is the
-slower of two copies of as many bytes from and to pinned memory.
+NCCL's send and receive of as many bytes, one message, between the same GPUs, in the same run: with as many channels as
+our links have for the throughput, with all that it takes by itself for the time of `cuda_ipc`. For `shm`, through host
+memory, it is the slower of two copies of as many bytes from and to pinned memory.
 
     python -m benchmarks.gpu_kv
 """
@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from dataclasses import dataclass
 from multiprocessing.queues import SimpleQueue
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,17 +40,24 @@ def main() -> None:
     if torch.cuda.device_count() < 2:
         raise SystemExit("this benchmark needs two GPUs")
     sizes = [layout.bytes_per_token * tokens for layout in SHAPES.values() for tokens in TOKENS.values()]
-    peers = {
-        "cuda_ipc": ("nccl", dict(zip(sizes, nccl_seconds(sizes, 0), strict=True))),
-        "nccl": (f"nccl, {CHANNELS} channels", dict(zip(sizes, nccl_seconds(sizes, CHANNELS), strict=True))),
-        "shm": ("pinned memory", {size: pinned_seconds(size) for size in sizes}),
-    }
-    for way, (peer, peer_seconds) in peers.items():
-        for shape, layout in SHAPES.items():
-            measure(cast(KvWay, way), shape, layout, peer, peer_seconds)
+    whole = Peer("nccl", dict(zip(sizes, nccl_seconds(sizes, 0), strict=True)))
+    capped = Peer(f"nccl, {CHANNELS} channels", dict(zip(sizes, nccl_seconds(sizes, CHANNELS), strict=True)))
+    pinned = Peer("pinned memory", {size: pinned_seconds(size) for size in sizes})
+    for shape, layout in SHAPES.items():
+        measure("cuda_ipc", shape, layout, whole, capped)
+        measure("nccl", shape, layout, capped, capped)
+        measure("shm", shape, layout, pinned, pinned)
 
 
-def measure(way: KvWay, shape: str, layout: KvLayout, peer: str, peer_seconds: dict[int, float]) -> None:
+@dataclass(frozen=True)
+class Peer:
+    """What a number of bytes takes otherwise, in seconds."""
+
+    name: str
+    seconds: dict[int, float]
+
+
+def measure(way: KvWay, shape: str, layout: KvLayout, of_time: Peer, of_rate: Peer) -> None:
     with kv_pair(layout, max(TOKENS.values()), way, STAGING[way] // 4, "cuda:1", "cuda:0") as pair:
         if way == "nccl":
             write([Row("kv", f"{shape}, nccl", "first link", "s", Figure.of([pair.link()]), "none", None, "lower")])
@@ -57,12 +65,12 @@ def measure(way: KvWay, shape: str, layout: KvLayout, peer: str, peer_seconds: d
             size = layout.bytes_per_token * tokens
             seconds = [pair.seconds(tokens) for _ in range(REPEATS + 3)][3:]
             times, rates = Figure.of([each * 1e3 for each in seconds]), [size / each / 1e9 for each in seconds]
-            peer_ms, peer_gb = peer_seconds[size] * 1e3, size / peer_seconds[size] / 1e9
+            peer_ms, peer_gb = of_time.seconds[size] * 1e3, size / of_rate.seconds[size] / 1e9
             case = f"{shape} {name}, {way}"
             write(
                 [
-                    Row("kv", case, "hand-off", "ms", times, peer, peer_ms, "lower"),
-                    Row("kv", case, "throughput", "GB/s", Figure.of(rates), peer, peer_gb, "higher"),
+                    Row("kv", case, "hand-off", "ms", times, of_time.name, peer_ms, "lower"),
+                    Row("kv", case, "throughput", "GB/s", Figure.of(rates), of_rate.name, peer_gb, "higher"),
                 ]
             )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import RESULTS
-from benchmarks.split_report import MODES, VLLM_RATES, vllm
+from benchmarks.split_report import MODES, VLLM_GPU, VLLM_RATES, vllm
 
 PANELS = {
     "TTFT, ms": ("ttft p50", "ttft p99"),
@@ -29,11 +29,11 @@ def main() -> None:
 
 
 def curves(lines: Iterable[str]) -> dict[tuple[str, str], Curve]:
-    """(requests a second, value) of each mode and metric. Of rows of one mode, rate and metric the last one counts."""
+    """(requests a second, value) of each mode and metric, on vLLM's GPUs. Of rows of one rate the last one counts."""
     found: dict[tuple[str, str], dict[float, float]] = {}
     for row in map(json.loads, lines):
         match = CASE.fullmatch(row["case"])
-        if match is not None:
+        if match is not None and VLLM_GPU in row["hardware"]:
             found.setdefault((match[2], row["metric"]), {})[float(match[1])] = row["value"]
     return {key: sorted(values.items()) for key, values in found.items()}
 

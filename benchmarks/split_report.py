@@ -7,7 +7,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.rows import Figure, Row, write
+from benchmarks.rows import Figure, Row, hardware, write
 from benchmarks.split_load import SLO_TPOT_S, SLO_TTFT_S, Answer
 
 Mode = Literal["2 colocated", "1P1D"]
@@ -33,6 +33,7 @@ _VLLM = {
     (24, COLOCATED): (56, 109, 15.6, 17.9, 37.1, 2623),
     (24, SPLIT): (128, 246, 13.7, 14.4, 17.2, 2578),
 }
+VLLM_GPU = "H100"
 VLLM_RATES = tuple(sorted({rate for rate, _ in _VLLM}))
 
 
@@ -57,7 +58,12 @@ class Report:
     def add(
         self, bench: str, load: str, mode: Mode, metric: str, figure: Figure, peer: tuple[str, float] | None = None
     ) -> None:
-        """A row. Without a `peer` of its own, that of 1P1D is what two colocated replicas reached before."""
+        """A row. Without a `peer` of its own, that of 1P1D is what two colocated replicas reached before.
+
+        vLLM's figures are no peer's on other GPUs than its own.
+        """
+        if peer is not None and peer[0] == "vllm" and VLLM_GPU not in hardware():
+            peer = None
         if mode == COLOCATED:
             self._colocated[load, metric] = figure.value
         elif peer is None and self._colocated.get((load, metric)):  # of 0 there is no ratio

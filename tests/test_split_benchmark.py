@@ -57,6 +57,8 @@ def test_a_load_of_failures_has_no_figures() -> None:
 
 def test_rows_name_their_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("benchmarks.rows.RESULTS", tmp_path)
+    for module in ("rows", "split_report"):
+        monkeypatch.setattr(f"benchmarks.{module}.hardware", lambda: "2 x NVIDIA H100 80GB HBM3")
     report = Report()
     for value, mode in zip((50.0, 40.0), MODES, strict=True):
         for rate in (24.0, 30.0):
@@ -73,6 +75,14 @@ def test_rows_name_their_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     drawn = curves(lines)
     assert drawn[SPLIT, "ttft p50"] == [(24.0, 40.0), (30.0, 40.0)]
     assert set(vllm_curves()) <= set(drawn)
+    assert curves(line.replace("H100", "H200") for line in lines) == {}
+
+
+def test_other_gpus_have_no_peer_in_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("benchmarks.rows.RESULTS", tmp_path)
+    monkeypatch.setattr("benchmarks.split_report.hardware", lambda: "2 x NVIDIA H200")
+    Report().add("split", "a load", SPLIT, "ttft p50", Figure.of([1.0]), ("vllm", 2.0))
+    assert json.loads((tmp_path / "split.jsonl").read_text())["peer"] == "none"
 
 
 @pytest.mark.parametrize("mode", MODES)

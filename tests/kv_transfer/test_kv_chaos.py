@@ -108,4 +108,5 @@ def test_between_gpus(transport: Literal["cuda_ipc", "nccl", "shm"], faults: int
         lease_s=4.0 if transport == "nccl" else 2.0,
     )
     report = run(setup, faults, gap_s=(0.5, 2.0), requests=200, seed=seed)
-    check(report, faults, longest_pass_s=0.2)
+    # With NCCL, what waits for a whole device waits for a payload that never comes until its link is given up.
+    check(report, faults, longest_pass_s=0.5 if transport == "nccl" else 0.2)

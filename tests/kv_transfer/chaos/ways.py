@@ -74,7 +74,7 @@ class Garbling(HostSender):
         if payload is not None and payload.device in self._reached and not random.randrange(GARBLED):
             payload[-1] ^= 0xFF
             if payload.is_cuda:
-                torch.cuda.synchronize(payload.device)
+                torch.cuda.current_stream(payload.device).synchronize()
         super().send(target, header, payload, offset)
 
 
