@@ -72,7 +72,11 @@ class HandOff:
 @message
 @dataclass(frozen=True)
 class Reserve:
-    """Ask a decode engine for pages, slots and staging. `source` is the KV layout that prefill will send from."""
+    """Ask a decode engine for pages, slots and staging. `source` is the KV layout that prefill will send from.
+
+    An attempt that goes on from an earlier one is for one sample, number `first_sample`: the last `output_tokens` of
+    `token_ids` are what that has answered so far.
+    """
 
     request_id: str
     attempt: int
@@ -81,6 +85,8 @@ class Reserve:
     source: KvLayout
     deadline_s: float
     extra_keys: tuple[str, ...] = ()
+    first_sample: int = 0
+    output_tokens: int = 0
 
 
 @message
@@ -104,6 +110,8 @@ class Busy:
 @message
 @dataclass(frozen=True)
 class Prefill:
+    """Compute the tokens of a reservation that decode has granted."""
+
     request_id: str
     attempt: int
     token_ids: list[int]
@@ -111,6 +119,8 @@ class Prefill:
     ticket: Ticket
     deadline_s: float
     extra_keys: tuple[str, ...] = ()
+    first_sample: int = 0
+    output_tokens: int = 0
 
 
 @message

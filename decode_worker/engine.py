@@ -231,16 +231,16 @@ class DecodeEngine:
         if request.copies:
             self._ranks.execute(CopyPages(tuple(request.copies)))
         self._send(request.router, Joined(message.request_id, message.attempt))
-        for sample_index, (table, first) in enumerate(zip(request.tables, hand_off.first_tokens, strict=True)):
-            self._start(request, sample_index, table, first)
+        for index, (table, first) in enumerate(zip(request.tables, hand_off.first_tokens, strict=True)):
+            self._start(request, index, table, first)
 
-    def _start(self, request: _Request, sample_index: int, table: BlockTable, first_token: int) -> None:
-        sequence = Sequence.of(request.message, sample_index, self._limits.model)
+    def _start(self, request: _Request, index: int, table: BlockTable, first_token: int) -> None:
+        sequence = Sequence.of(request.message, index, self._limits.model)
         sequence.table = table
-        sequence.computed_tokens = sequence.prompt_tokens
+        sequence.computed_tokens = len(sequence.token_ids)
         request.sequences.append(sequence)
         self._slots.add(sequence)
-        if sequence.take(first_token).finish_reason is not None or sample_index in request.cancelled:
+        if sequence.take(first_token).finish_reason is not None or sequence.sample in request.cancelled:
             self._end(request, sequence)
 
     def _advance(self, outcomes: list[Outcome]) -> None:

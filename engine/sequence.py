@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from splitserve.cluster.errors import InvalidRequest
 from splitserve.cluster.messages import FinishReason, Prefill, Reserve, SampleToken, TokenLogprobs
-from splitserve.cluster.sampling import SamplingParams, check_prompt
+from splitserve.cluster.sampling import MAX_SAMPLES, SamplingParams, check_prompt
 from splitserve.engine.block_manager import BlockTable
 from splitserve.engine.sampler import SamplerRow
 
@@ -22,6 +23,13 @@ class ModelLimits:
         """Raise InvalidRequest for parameters or a prompt that this model cannot take."""
         request.params.validate(self.vocab_size)
         check_prompt(request.token_ids, self.max_model_len, self.vocab_size)
+        answered, limit = request.output_tokens, request.params.max_tokens
+        if not 0 <= answered < len(request.token_ids) or (limit is not None and answered >= limit):
+            raise InvalidRequest("output_tokens", answered, "give fewer than token_ids has, and than max_tokens")
+        if answered and request.params.n != 1:
+            raise InvalidRequest("n", request.params.n, "go on with one sample at a time")
+        if not 0 <= request.first_sample <= MAX_SAMPLES - request.params.n:
+            raise InvalidRequest("first_sample", request.first_sample, f"samples have numbers below {MAX_SAMPLES}")
 
 
 @dataclass(eq=False)
@@ -78,14 +86,14 @@ class Sequence:
         return min(len(self.token_ids) + self.in_flight, self.length_limit - 1)
 
     @classmethod
-    def of(cls, request: Prefill | Reserve, sample: int, limits: ModelLimits) -> Sequence:
-        """Sample number `sample` of a request, nothing computed yet."""
+    def of(cls, request: Prefill | Reserve, index: int, limits: ModelLimits) -> Sequence:
+        """The `index`-th sample that a request asks for, nothing computed yet."""
         return cls(
             request_id=request.request_id,
             attempt=request.attempt,
-            sample=sample,
+            sample=request.first_sample + index,
             token_ids=list(request.token_ids),
-            prompt_tokens=len(request.token_ids),
+            prompt_tokens=len(request.token_ids) - request.output_tokens,
             params=request.params,
             eos_token_ids=limits.eos_token_ids,
             max_model_len=limits.max_model_len,

@@ -300,8 +300,8 @@ class PrefillEngine:
 
 def _samples(request: _Request) -> list[Sequence]:
     """The request's sequence once for each sample, all prompt computed."""
-    prompt = request.sequence
-    return [replace(prompt, sample=n, token_ids=list(prompt.token_ids)) for n in range(request.message.params.n)]
+    first, count = request.sequence, request.message.params.n
+    return [replace(first, sample=first.sample + n, token_ids=list(first.token_ids)) for n in range(count)]
 
 
 def _wanted_logits(request: _Request, size: int) -> int:

@@ -105,14 +105,18 @@ class InProcessCluster:
         self.layout = self._config.kv_layout(1, settings.page_size, settings.dtype)
         self.answers: dict[str, Answer] = {}
         self._asked: dict[str, tuple[list[int], SamplingParams]] = {}
+        self._goes_on: dict[str, tuple[int, int]] = {}
         self._retry: list[str] = []
         self._limits = ModelLimits(settings.context, self._config.vocab_size, frozenset(self._config.eos_token_ids))
         self.devices: list[SlowDevice] = []
         self.engines: list[Any] = self._split() if settings.split else self._colocated()
 
-    def ask(self, name: str, token_ids: list[int], params: SamplingParams) -> None:
+    def ask(
+        self, name: str, token_ids: list[int], params: SamplingParams, first_sample: int = 0, output_tokens: int = 0
+    ) -> None:
         self.answers[name] = Answer()
         self._asked[name] = (token_ids, params)
+        self._goes_on[name] = (first_sample, output_tokens)
         self._reserve(name)
 
     def run(self, timeout_s: float = 60.0) -> dict[str, Answer]:
@@ -214,13 +218,15 @@ class InProcessCluster:
 
     def _reserve(self, name: str) -> None:
         token_ids, params = self._asked[name]
-        self.engines[-1].handle(ROUTER, Reserve(name, 0, token_ids, params, self.layout, 60.0))
+        item = Reserve(name, 0, token_ids, params, self.layout, 60.0, (), *self._goes_on[name])
+        self.engines[-1].handle(ROUTER, item)
 
     def _hear(self, router: bytes, item: object) -> None:
         match item:
             case Granted(request_id=name, ticket=ticket):
                 token_ids, params = self._asked[name]
-                self.engines[0].handle(ROUTER, Prefill(name, 0, token_ids, params, ticket, 60.0))
+                prefill = Prefill(name, 0, token_ids, params, ticket, 60.0, (), *self._goes_on[name])
+                self.engines[0].handle(ROUTER, prefill)
             case Busy(request_id=name):
                 self._retry.append(name)
             case FirstToken(request_id=name):

@@ -77,6 +77,29 @@ def test_among_30_neighbours(model: Path, reference: dict[str, Answer], split: b
 
 
 @pytest.mark.parametrize("split", [True, False], ids=["split", "colocated"])
+@pytest.mark.parametrize("after", [1, 7, 23])
+def test_going_on_elsewhere(model: Path, reference: dict[str, Answer], split: bool, after: int) -> None:
+    """Prompt and answer so far are computed anew, as after the death of a decode engine."""
+    cluster = InProcessCluster(model, Settings(split=split))
+    for name, params in PARAMS.items():
+        for sample in range(params.n):
+            again, expected = f"{name}/{sample}", reference[name]
+            cluster.ask(again, prompt(150) + expected.tokens[sample][:after], replace(params, n=1), sample, after)
+            answer = cluster.run()[again]
+            assert answer.tokens == {sample: expected.tokens[sample][after:]}
+            assert answer.logprobs == {sample: expected.logprobs[sample][after:]}
+
+
+@pytest.mark.parametrize(("output_tokens", "n", "max_tokens"), [(-1, 1, 9), (8, 1, 9), (3, 1, 3), (3, 2, 9)])
+def test_what_cannot_be_gone_on_from_is_refused(model: Path, output_tokens: int, n: int, max_tokens: int) -> None:
+    cluster = InProcessCluster(model)
+    cluster.ask("r", prompt(8), SamplingParams(max_tokens=max_tokens, n=n), 0, output_tokens)
+    failed = cluster.run()["r"].failed
+    assert failed is not None
+    assert failed.code == "INVALID_ARGUMENT"
+
+
+@pytest.mark.parametrize("split", [True, False], ids=["split", "colocated"])
 def test_with_a_prefix_hit(model: Path, reference: dict[str, Answer], split: bool) -> None:
     cluster = InProcessCluster(model, Settings(split=split))
     cluster.ask("warm", prompt(150)[:130] + prompt(20, seed=9), GREEDY)
