@@ -1,10 +1,11 @@
 """The life of a request between its client and its engines.
 
     admit -> place -> Reserve -> Granted -> Prefill -> FirstToken -> ... StepTokens ... -> finished
-      |                  |  ^       (decode)    (prefill)               (decode)
-      |                  v  |
-      |                 Busy: another engine, else wait in line
-      +-- Overloaded     deadline, cancelled call, Failed, lost engine: Cancel to both engines, one error
+      |        ^         |  ^       (decode)    (prefill)               (decode)
+      |        |         v  |
+      |        |        Busy: another engine, else wait in line
+      |        +-------- engine lost, KV lost: go on elsewhere from the tokens that are there
+      +-- Overloaded     deadline, cancelled call, Failed: Cancel to both engines, one error
 
 Whatever happens, `Dispatcher.serve` ends once: with the summary of a finished request, or with one error.
 """
@@ -15,11 +16,12 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from splitserve.cluster.channel import KV_IDLE_S, CurveKeys
-from splitserve.cluster.errors import DeadlineExceeded, WorkerUnavailable
+from splitserve.cluster.errors import DeadlineExceeded, SplitserveError, WorkerUnavailable
 from splitserve.cluster.messages import (
     Busy,
     Cancel,
@@ -27,19 +29,22 @@ from splitserve.cluster.messages import (
     FirstToken,
     Granted,
     Joined,
-    Prefill,
-    Reserve,
+    SampleToken,
     StepTokens,
 )
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.cluster.topology import Router as RouterSettings
 from splitserve.router.admission import Admission
+from splitserve.router.attempt import Attempt
 from splitserve.router.detokenizer import Detokenizer
 from splitserve.router.engines import Engines
-from splitserve.router.policy import EngineView, place
-from splitserve.router.request import Chunk, Placement, Request, Summary
+from splitserve.router.output_buffer import SampleOutput
+from splitserve.router.policy import Placement, place
+from splitserve.router.request import MOST_LOSSES, Chunk, Request, Summary
 
 log = logging.getLogger(__name__)
+
+NO_WORKER_RETRY_S = 0.1
 
 Write = Callable[[Chunk], Awaitable[None]]
 
@@ -62,7 +67,7 @@ class Dispatcher:
         self._requests: dict[str, Request] = {}
         self._ids = itertools.count(1)
         self._placements = itertools.count()
-        self._links: dict[tuple[str, str], float] = {}  # when KV was last asked to go from prefill to decode
+        self._links: dict[Placement, float] = {}  # when KV was last asked to go from prefill to decode
         self._line = asyncio.Lock()  # of requests that found every engine busy: asyncio's locks are fair
 
     @property
@@ -75,90 +80,100 @@ class Dispatcher:
         request = self._new_request(token_ids, params, deadline_s)
         try:
             async with asyncio.timeout(deadline_s), self.admission.admit():
-                granted = await self._reserve(request)
-                self._prefill(request, granted)
+                await self._begin(request, request.samples)
                 while not request.finished:
                     await write(await request.chunk())
             return request.summary()
         except TimeoutError as error:
-            raise DeadlineExceeded(f"{deadline_s:g} s passed while {request.stage}") from error
+            missing = "" if self.ready else "; not all pools have a worker that is ready"
+            raise DeadlineExceeded(f"{deadline_s:g} s passed while {request.stage}{missing}") from error
         finally:
             self._forget(request)
 
     def _new_request(self, token_ids: list[int], params: SamplingParams, deadline_s: float) -> Request:
         def stop(sample: int) -> None:
-            self._cancel(request, sample)
+            for attempt in request.held:
+                self._cancel(attempt, sample)
 
         request_id = f"{self._identity}-{next(self._ids)}"
         request = Request(request_id, token_ids, params, deadline_s, self._new_detokenizer, stop)
         self._requests[request_id] = request
         return request
 
-    async def _reserve(self, request: Request) -> Granted:
-        """Get room on some decode engine. Whom all refuse waits in line and asks again."""
+    async def _begin(self, request: Request, samples: Sequence[SampleOutput]) -> None:
+        """Get room on some decode engine, then ask a prefill engine for the KV. Whom all refuse waits in line."""
         if not self._line.locked():
-            reply = await self._ask(request)
-            if isinstance(reply, Granted):
-                return reply
-        with self.admission.wait():
+            attempt = await self._ask(request, samples)
+            if isinstance(attempt, Attempt):
+                self._prefill(request, attempt)
+                return
+        with nullcontext() if request.losses else self.admission.wait():
             async with self._line:
                 while True:
-                    reply = await self._ask(request)
-                    if isinstance(reply, Granted):
-                        return reply
-                    await asyncio.sleep(reply.retry_after_s)
+                    attempt = await self._ask(request, samples)
+                    if isinstance(attempt, Attempt):
+                        self._prefill(request, attempt)
+                        return
+                    await asyncio.sleep(attempt)
 
-    async def _ask(self, request: Request) -> Granted | Busy:
-        """Ask decode engines, the best placed first, until one has room; else the answer that retries soonest."""
-        refusals: dict[str, Busy] = {}
+    async def _ask(self, request: Request, samples: Sequence[SampleOutput]) -> Attempt | float:
+        """Ask decode engines, the best placed first, until one has room; else after how many seconds to ask again."""
+        refusals: dict[str, float] = {}
         while True:
             prefills = self.engines.views("prefill", "colocated")
             decodes = self.engines.views("decode", "colocated")
             untried = [view for view in decodes if view.engine not in refusals]
-            if not prefills or not decodes:
-                missing = "decode" if prefills else "prefill"
-                raise WorkerUnavailable(f"no {missing} worker is ready; try again in a moment")
-            if not untried:
-                return min(refusals.values(), key=lambda busy: busy.retry_after_s)
-            prefill, decode = place(prefills, untried, self._policy, next(self._placements), self._linked())
-            reply = await self._ask_one(request, prefill, decode)
+            if not prefills or not untried:
+                return min(refusals.values(), default=NO_WORKER_RETRY_S)
+            counter, linked = next(self._placements), self._linked()
+            attempt = request.attempt(samples, place(prefills, untried, self._policy, counter, linked, request.broken))
+            source, decode = self.engines.layout(attempt.placement.prefill), attempt.placement.decode
+            self.engines.place(decode, attempt.reserve(source, request.remaining_s))
+            reply = await attempt.reply
             if isinstance(reply, Granted):
-                return reply
-            refusals[decode.engine] = reply
+                return attempt
+            refusals[decode] = reply.retry_after_s
 
-    async def _ask_one(self, request: Request, prefill: EngineView, decode: EngineView) -> Granted | Busy:
-        reply = request.begin_attempt(Placement(prefill.engine, decode.engine))
-        source = self.engines.layout(prefill.engine)
-        self.engines.place(
-            decode.engine,
-            Reserve(request.id, request.attempt, request.token_ids, request.params, source, request.remaining_s),
-        )
-        return await reply
-
-    def _linked(self) -> dict[tuple[str, str], float]:
+    def _linked(self) -> dict[Placement, float]:
         """Pairs of engines with a way for KV that is still open."""
         closed_before = time.monotonic() - KV_IDLE_S
         self._links = {pair: used_at for pair, used_at in self._links.items() if used_at > closed_before}
         return self._links
 
-    def _prefill(self, request: Request, granted: Granted) -> None:
+    def _prefill(self, request: Request, attempt: Attempt) -> None:
         request.timeline.placed()
-        self._links[request.placement.prefill, request.placement.decode] = time.monotonic()
-        self.engines.place(
-            request.placement.prefill,
-            Prefill(
-                request.id, request.attempt, request.token_ids, request.params, granted.ticket, request.remaining_s
-            ),
-        )
+        self._links[attempt.placement] = time.monotonic()
+        self.engines.place(attempt.placement.prefill, attempt.prefill(request.remaining_s))
 
-    def _cancel(self, request: Request, sample: int | None = None) -> None:
-        for engine in {request.placement.prefill, request.placement.decode}:
-            self.engines.send(engine, Cancel(request.id, request.attempt, sample))
+    def _cancel(self, attempt: Attempt, sample: int | None = None) -> None:
+        for engine in set(attempt.placement):
+            self.engines.send(engine, attempt.cancel(sample))
+
+    def _go_on(self, request: Request, lost: Attempt, reason: str) -> None:
+        """Have other engines do what is left of `lost`."""
+        self._cancel(lost)
+        request.losses += 1
+        log.warning("going on elsewhere", extra={"request_id": request.id, "reason": reason, "losses": request.losses})
+        if request.losses > MOST_LOSSES:
+            request.fail(WorkerUnavailable(f"given up after {MOST_LOSSES} losses, the last one: {reason}"))
+            return
+        for samples in lost.remains():
+            task = asyncio.ensure_future(self._begin_again(request, samples))
+            request.tasks.add(task)
+            task.add_done_callback(request.tasks.discard)
+
+    async def _begin_again(self, request: Request, samples: Sequence[SampleOutput]) -> None:
+        try:
+            await self._begin(request, samples)
+        except SplitserveError as error:
+            request.fail(error)
 
     def _forget(self, request: Request) -> None:
         del self._requests[request.id]
-        if not request.engines_are_done:
-            self._cancel(request)
+        for task in request.tasks:
+            task.cancel()
+        for attempt in request.held:
+            self._cancel(attempt)
         log.info("request over", extra={"request_id": request.id, "finished": request.finished})
 
     def _on_message(self, engine: str, message: Any) -> None:
@@ -166,15 +181,25 @@ class Dispatcher:
             requests = self._requests
             for token in message.tokens:
                 request = requests.get(token.request_id)
-                if request is not None:
+                if request is None or not request.has(token.attempt):
+                    self._refuse(engine, token)
+                else:
                     request.accept_token(token)
         elif isinstance(message, Granted | Busy | FirstToken | Joined | Failed):
             request = self._requests.get(message.request_id)
-            if request is not None:
-                request.accept(message)
+            if request is None or not request.has(message.attempt):
+                self._refuse(engine, message)
+            elif lost := request.accept(message):
+                self._go_on(request, lost, getattr(message, "message", ""))
         else:
             log.warning("unexpected message", extra={"engine": engine, "message_type": type(message).__name__})
 
+    def _refuse(self, engine: str, message: SampleToken | Granted | Busy | FirstToken | Joined | Failed) -> None:
+        """Of an attempt that is over, or lost: if its engine goes on with it, it shall not."""
+        if isinstance(message, SampleToken | Granted):
+            self.engines.send(engine, Cancel(message.request_id, message.attempt))
+
     def _on_lost(self, engine: str, reason: str) -> None:
         for request in list(self._requests.values()):
-            request.lose(engine, reason)
+            for lost in request.lose(engine):
+                self._go_on(request, lost, f"worker {engine} {reason}")

@@ -37,7 +37,6 @@ from splitserve.cluster.messages import (
     Ticket,
     TokenLogprobs,
 )
-from splitserve.cluster.sampling import SamplingParams
 
 LAYOUT = KvLayout(tp=1, num_layers=1, planes=2, num_kv_heads=1, head_dim=1, page_size=16, dtype="float32")
 TOKENS_PER_REQUEST = 16  # where the request sets no max_tokens
@@ -65,26 +64,34 @@ PROMPT = Behaviour()
 
 @dataclass
 class _Job:
-    """One request on one engine."""
+    """One attempt on one engine. `position` is that of the next token."""
 
     router: bytes
-    request_id: str
-    attempt: int
-    token_ids: list[int]
-    params: SamplingParams
-    position: int = 0
-    live: set[int] = field(default_factory=set)
+    message: Reserve | Prefill
+    position: int = field(init=False)
+    live: set[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.position = len(self.message.token_ids)
+        self.live = set(range(self.message.first_sample, self.message.first_sample + self.message.params.n))
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.message.request_id, self.message.attempt
 
     @property
     def end(self) -> int:
-        return len(self.token_ids) + (self.params.max_tokens or TOKENS_PER_REQUEST)
+        prompt = len(self.message.token_ids) - self.message.output_tokens
+        return prompt + (self.message.params.max_tokens or TOKENS_PER_REQUEST)
 
     def token(self, sample: int) -> SampleToken:
         """The token at the current position."""
-        token_id = self.token_ids[(self.position + sample) % len(self.token_ids)]
+        message = self.message
+        prompt = message.token_ids[: len(message.token_ids) - message.output_tokens]
+        token_id = prompt[(self.position + sample) % len(prompt)]
         reason: FinishReason | None = "length" if self.position + 1 == self.end else None
-        logprobs = None if self.params.logprobs is None else NO_LOGPROBS
-        return SampleToken(self.request_id, self.attempt, sample, self.position, token_id, reason, logprobs)
+        logprobs = None if message.params.logprobs is None else NO_LOGPROBS
+        return SampleToken(*self.key, sample, self.position, token_id, reason, logprobs)
 
 
 class FakeEngine:
@@ -127,8 +134,7 @@ class FakeEngine:
         if job is None:
             return
         self._send(job.router, Joined(*key))
-        job.position = len(job.token_ids) + 1
-        job.live = set(range(job.params.n))
+        job.position += 1
         if job.position < job.end:
             self.decoding[key] = job
         else:
@@ -167,14 +173,14 @@ class FakeEngine:
         if len(self.jobs) >= self._behaviour.slots:
             self._send(router, Busy(*key, self._behaviour.retry_after_s))
             return
-        self.jobs[key] = _Job(router, *key, message.token_ids, message.params)
+        self.jobs[key] = _Job(router, message)
         endpoint = RankEndpoint(self.member.engine, "memory", "localhost", "", 0, 0)
         ticket = Ticket("/".join(map(str, key)), 1, LAYOUT, 0, len(message.token_ids), 10.0, (endpoint,))
         self._send(router, Granted(*key, ticket))
 
     def _prefill(self, router: bytes, message: Prefill) -> None:
         key = (message.request_id, message.attempt)
-        job = _Job(router, *key, message.token_ids, message.params, position=len(message.token_ids))
+        job = _Job(router, message)
         if self.member.role == "prefill":
             self.jobs[key] = job
         decode = message.ticket.endpoints[0].address
@@ -188,9 +194,9 @@ class FakeEngine:
             self._send(job.router, Failed(*key, *self._behaviour.fail_prefill))
             return
         prompt_logprobs = None
-        if job.params.prompt_logprobs is not None:
-            prompt_logprobs = (NO_LOGPROBS,) * (len(job.token_ids) - 1)
-        tokens = tuple(map(job.token, range(job.params.n)))
+        if job.message.params.prompt_logprobs is not None:
+            prompt_logprobs = (NO_LOGPROBS,) * (len(job.message.token_ids) - 1)
+        tokens = tuple(map(job.token, sorted(job.live)))
         first = FirstToken(*key, tokens, prompt_logprobs, 0, 0.0, self._behaviour.prefill_s)
         self._cluster.on_step(tokens)
         self._cluster.after(self._behaviour.first_token_delay_s, lambda: self._send(job.router, first))

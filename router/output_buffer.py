@@ -36,13 +36,13 @@ class SampleOutput:
         self.finish_reason: Literal["stop", "length"] | None = None
         self.stopped_by_string = False
         self.drained = False  # whether the last delta has been taken
-        self.num_tokens = 0
+        self.token_ids: list[int] = []  # all of them
         self._position = position
         self._early: dict[int, SampleToken] = {}
         self._detokenizer = detokenizer
         self._matcher = StopMatcher(stops) if stops else None
         self._text = ""
-        self._token_ids: list[int] = []
+        self._new_token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
 
     def accept(self, token: SampleToken) -> None:
@@ -56,19 +56,23 @@ class SampleOutput:
 
     def drain(self) -> Delta | None:
         """Everything since the last drain, or None if that is nothing."""
-        if not self._token_ids and (self.finish_reason is None or self.drained):
+        if not self._new_token_ids and (self.finish_reason is None or self.drained):
             return None
         self.drained = self.finish_reason is not None
-        delta = Delta(self.index, self._text, self._token_ids, self._logprobs, self.finish_reason)
-        self._text, self._token_ids, self._logprobs = "", [], []
+        delta = Delta(self.index, self._text, self._new_token_ids, self._logprobs, self.finish_reason)
+        self._text, self._new_token_ids, self._logprobs = "", [], []
         return delta
+
+    def forget_early(self) -> None:
+        """What came before its turn comes again: the attempt that it is of is lost."""
+        self._early.clear()
 
     def _append(self, token: SampleToken) -> None:
         self._position += 1
         if self.finish_reason is not None:
             return
-        self.num_tokens += 1
-        self._token_ids.append(token.token_id)
+        self.token_ids.append(token.token_id)
+        self._new_token_ids.append(token.token_id)
         if token.logprobs is not None:
             self._logprobs.append(token.logprobs)
         if token.finish_reason != "stop":  # the token that stops a sample is no part of its text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Policy = Literal["round_robin", "least_load"]
 
@@ -18,30 +18,44 @@ class EngineView:
     load: int
 
 
+class Placement(NamedTuple):
+    """The engines of an attempt, by name; empty while there are none."""
+
+    prefill: str = ""
+    decode: str = ""
+
+
 def place(
     prefills: Sequence[EngineView],
     decodes: Sequence[EngineView],
     policy: Policy,
     counter: int,
-    linked: Collection[tuple[str, str]] = (),
-) -> tuple[EngineView, EngineView]:
-    """Choose (prefill, decode), neither list being empty. `counter` grows by one per choice.
+    linked: Collection[Placement] = (),
+    broken: Collection[Placement] = (),
+) -> Placement:
+    """Choose engines, neither list being empty. `counter` grows by one per choice.
 
-    `linked` names pairs (prefill, decode) that KV has gone between lately: by least load, of prefill engines that are
-    equally loaded one that is linked with decode's engine comes first, so that few links are made. A colocated engine
-    does both itself.
+    `linked` are those that KV has gone between lately: by least load, of prefill engines that are equally loaded one
+    that is linked with decode's engine comes first, so that few links are made. `broken` ones are
+    chosen where there are no others. A colocated engine does both itself.
 
     >>> idle, busy = EngineView("decode/0/0", "decode", 1), EngineView("decode/1/0", "decode", 7)
-    >>> place([EngineView("prefill/0/0", "prefill", 0)], [busy, idle], "least_load", 0)[1].engine
+    >>> place([EngineView("prefill/0/0", "prefill", 0)], [busy, idle], "least_load", 0).decode
     'decode/0/0'
     """
+    if broken:
+        decodes = [
+            each for each in decodes if any((one.engine, each.engine) not in broken for one in prefills)
+        ] or decodes
+    decode = _in_turn(decodes if policy == "round_robin" else _least_loaded(decodes), counter)
+    if broken:
+        prefills = [one for one in prefills if (one.engine, decode.engine) not in broken] or prefills
     if policy == "round_robin":
-        prefill, decode = _in_turn(prefills, counter), _in_turn(decodes, counter)
+        prefill = _in_turn(prefills, counter)
     else:
-        decode = _in_turn(_least_loaded(decodes), counter)
         least = _least_loaded(prefills)
         prefill = _in_turn([one for one in least if (one.engine, decode.engine) in linked] or least, counter)
-    return (decode if decode.role == "colocated" else prefill), decode
+    return Placement(decode.engine if decode.role == "colocated" else prefill.engine, decode.engine)
 
 
 def _in_turn(engines: Sequence[EngineView], counter: int) -> EngineView:

@@ -1,33 +1,30 @@
-"""One request inside the router: what it asks, which engines serve it, and what they have said so far."""
+"""One request inside the router: what it asks, the attempts that serve it, and what has come of them so far."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-from splitserve.cluster.errors import SplitserveError, WorkerUnavailable
+from splitserve.cluster.errors import SplitserveError
 from splitserve.cluster.messages import Busy, Failed, FirstToken, Granted, Joined, SampleToken, TokenLogprobs
 from splitserve.cluster.sampling import SamplingParams
+from splitserve.router.attempt import Attempt
 from splitserve.router.detokenizer import Detokenizer
 from splitserve.router.output_buffer import Delta, OutputBuffer, SampleOutput
+from splitserve.router.policy import Placement
 from splitserve.router.timeline import Timeline, Timings
 
 LOST_RETRY_S = 0.05
-
-
-@dataclass(frozen=True)
-class Placement:
-    """The engines of one attempt, by name; empty while it has none."""
-
-    prefill: str = ""
-    decode: str = ""
+MOST_LOSSES = 10  # of one request: one that brings its workers down must not bring down all of them
+# What another attempt may mend: engines that cannot reach each other, or that have no room any more.
+PASSING = ("UNAVAILABLE", "RESOURCE_EXHAUSTED")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """How a request went, for the last message to its client."""
+    """How a request went, for the last message to its client. `losses`: how often it had to go on elsewhere."""
 
     request_id: str
     prompt_tokens: int
@@ -35,6 +32,7 @@ class Summary:
     completion_tokens: int
     timings: Timings
     placement: Placement
+    losses: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +45,7 @@ class Chunk:
 
 
 class Request:
-    """A request from its arrival to its one outcome. What earlier attempts' engines still say is ignored.
+    """A request from its arrival to its one outcome.
 
     `on_stop_string(sample)` is called at once when a sample ends by a stop string, which its engine knows nothing of.
     """
@@ -62,20 +60,21 @@ class Request:
         on_stop_string: Callable[[int], None],
     ) -> None:
         self.id = request_id
-        self.token_ids = token_ids
-        self.params = params
-        self.attempt = 0
-        self.placement = Placement()
+        self.placement = Placement()  # of its latest attempt
         self.timeline = Timeline()
+        self.losses = 0
+        self.broken: set[Placement] = set()  # pairs of engines between which its KV was lost
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._token_ids, self._params = token_ids, params
         self._deadline = time.monotonic() + deadline_s
-        self._joined = False
-        self._cached_tokens = 0
+        self._attempts: dict[int, Attempt] = {}
+        self._last_attempt = 0
+        self._cached_tokens: int | None = None
         self._prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-        self._reply: asyncio.Future[Granted | Busy] | None = None
-        self._samples = [
+        self.samples = [
             SampleOutput(index, len(token_ids), new_detokenizer(), params.stop) for index in range(params.n)
         ]
-        self._output = OutputBuffer(self._samples, on_stop_string)
+        self._output = OutputBuffer(self.samples, on_stop_string)
 
     @property
     def remaining_s(self) -> float:
@@ -88,64 +87,70 @@ class Request:
         return self._output.drained
 
     @property
-    def engines_are_done(self) -> bool:
-        """Whether decode ended every sample by itself, so that no engine holds anything."""
-        return self._joined and self._output.complete and not any(sample.stopped_by_string for sample in self._samples)
+    def held(self) -> list[Attempt]:
+        """Attempts of which engines may hold something."""
+        return [attempt for attempt in self._attempts.values() if attempt.is_held]
 
     @property
     def stage(self) -> str:
         """Where it is, for messages to people."""
         if not self.placement.decode:
             return "waiting for its turn"
-        if self._joined:
+        if any(attempt.joined for attempt in self._attempts.values()):
             return f"decoding on {self.placement.decode}"
         return f"between {self.placement.prefill} and {self.placement.decode}"
 
-    def begin_attempt(self, placement: Placement) -> asyncio.Future[Granted | Busy]:
-        """Go to other engines. The future is the decode engine's answer."""
-        self.attempt += 1
+    def attempt(self, samples: Sequence[SampleOutput], placement: Placement) -> Attempt:
+        """Go to engines with `samples`, for what they do not have yet."""
+        self._last_attempt += 1
+        params = self._params if self._cached_tokens is None else replace(self._params, prompt_logprobs=None)
+        attempt = Attempt(self.id, self._last_attempt, placement, samples, self._token_ids, params)
+        self._attempts[attempt.number] = attempt
         self.placement = placement
-        self._joined = False
-        self._reply = asyncio.get_running_loop().create_future()
-        return self._reply
+        return attempt
+
+    def has(self, attempt: int) -> bool:
+        """Whether an attempt goes on."""
+        return attempt in self._attempts
 
     def accept_token(self, token: SampleToken) -> None:
-        """Take a token from decode."""
-        if token.attempt == self.attempt:
-            self._joined = True
-            self.timeline.token()
-            self._output.accept(token)
+        """Take a token from decode, of an attempt that goes on."""
+        self._attempts[token.attempt].joined = True
+        self.timeline.token()
+        self._output.accept(token)
 
-    def accept(self, message: Granted | Busy | FirstToken | Joined | Failed) -> None:
-        """Take anything else that an engine says about this request."""
-        if message.attempt != self.attempt:
-            return
+    def accept(self, message: Granted | Busy | FirstToken | Joined | Failed) -> Attempt | None:
+        """Take anything else about an attempt that goes on. Returns it when it is lost by that."""
+        attempt = self._attempts[message.attempt]
         match message:
             case Granted() | Busy():
-                if isinstance(message, Busy):
-                    self.placement = Placement()  # what happens to that engine is no longer this request's concern
-                if self._reply is not None and not self._reply.done():
-                    self._reply.set_result(message)
+                self._answer(attempt, message)
             case FirstToken():
                 self._accept_first(message)
             case Joined():
-                self._joined = True
+                attempt.joined = True
                 self.timeline.joined()
+            case Failed() if not attempt.reply.done():
+                del self._attempts[attempt.number]
+                attempt.reply.set_exception(_error(message))
+            case Failed(code=code) if code in PASSING and attempt.unfinished:
+                self.broken.add(attempt.placement)
+                return self._attempts.pop(attempt.number)
             case Failed():
                 self.fail(_error(message))
+        return None
 
     def fail(self, error: SplitserveError) -> None:
         """End the request with `error`, unless it has ended."""
-        if self._reply is not None and not self._reply.done():
-            self._reply.set_exception(error)
         self._output.fail(error)
 
-    def lose(self, engine: str, reason: str) -> None:
-        """Fail if `engine`, which is gone, was still needed. If it was only asked for room, it has refused."""
-        if engine == self.placement.decode and self._reply is not None and not self._reply.done():
-            self.accept(Busy(self.id, self.attempt, LOST_RETRY_S))
-        elif engine == self.placement.decode or (engine == self.placement.prefill and not self._joined):
-            self.fail(WorkerUnavailable(f"worker {engine} {reason}; send the request again"))
+    def lose(self, engine: str) -> list[Attempt]:
+        """`engine` is gone: the attempts that needed it are lost. One that is not granted yet counts as refused."""
+        needing = [attempt for attempt in self._attempts.values() if attempt.needs(engine)]
+        for attempt in needing:
+            if not attempt.reply.done():
+                self._answer(attempt, Busy(self.id, attempt.number, LOST_RETRY_S))
+        return [attempt for attempt in needing if self._attempts.pop(attempt.number, None) is not None]
 
     async def chunk(self) -> Chunk:
         """Wait for something new and take all of it. Raises the error that ended the request."""
@@ -155,20 +160,29 @@ class Request:
 
     def summary(self) -> Summary:
         """The account of a finished request."""
-        lengths = [sample.num_tokens for sample in self._samples]
+        lengths = [len(sample.token_ids) for sample in self.samples]
         return Summary(
             request_id=self.id,
-            prompt_tokens=len(self.token_ids),
-            cached_tokens=self._cached_tokens,
+            prompt_tokens=len(self._token_ids),
+            cached_tokens=self._cached_tokens or 0,
             completion_tokens=sum(lengths),
             timings=self.timeline.timings(max(lengths)),
             placement=self.placement,
+            losses=self.losses,
         )
 
+    def _answer(self, attempt: Attempt, reply: Granted | Busy) -> None:
+        if isinstance(reply, Busy):  # what happens to that engine is no longer this request's concern
+            del self._attempts[attempt.number]
+            self.placement = Placement()
+        if not attempt.reply.done():
+            attempt.reply.set_result(reply)
+
     def _accept_first(self, message: FirstToken) -> None:
-        self.timeline.first_token(message.queue_s, message.prefill_s)
-        self._cached_tokens = message.cached_tokens
-        self._prompt_logprobs = message.prompt_logprobs or ()
+        if self._cached_tokens is None:
+            self.timeline.first_token(message.queue_s, message.prefill_s)
+            self._cached_tokens = message.cached_tokens
+            self._prompt_logprobs = message.prompt_logprobs or ()
         for token in message.tokens:
             self._output.accept(token)
 

@@ -137,19 +137,6 @@ async def fuzz(channel: grpc.aio.Channel) -> None:
     assert 50 < refused < 300
 
 
-def test_without_workers_the_answer_is_unavailable() -> None:
-    async def scenario(cluster: FakeCluster) -> None:
-        async with running_router(cluster) as (service, client):
-            service.set_members([])
-            await asyncio.sleep(0.05)
-            with pytest.raises(SplitserveClientError, match="UNAVAILABLE: no prefill worker is ready") as caught:
-                await client.generate(**GOOD).result()
-            assert caught.value.code == "UNAVAILABLE"
-
-    with FakeCluster() as cluster:
-        asyncio.run(scenario(cluster))
-
-
 def test_an_unreachable_router_is_an_error_with_a_code() -> None:
     async def scenario() -> None:
         async with AsyncClient("127.0.0.1:1") as client:

@@ -20,7 +20,6 @@ from splitserve.router.service import RouterService
 from tests.router.routers import (
     CONTEXT,
     MODEL,
-    engines_ready,
     eventually,
     model_folder,
     nothing_left,
@@ -219,9 +218,7 @@ def test_who_waits_in_line_does_not_care_that_a_busy_engine_restarts() -> None:
             await eventually(lambda: service.dispatcher.admission.queued == 2)
             cluster.restart("decode/0/0")
             service.set_members(cluster.members)
-            results = await asyncio.gather(*calls, return_exceptions=True)
-            (error,) = [result for result in results if isinstance(result, BaseException)]
-            assert "worker decode/0/0 restarted" in str(error)
+            assert [call.samples[0].token_ids for call in await asyncio.gather(*calls)] == [tuple(echo([5, 6], 30))] * 4
 
     with FakeCluster(1, 2, Behaviour(slots=1, step_s=0.02)) as cluster, nothing_left(cluster):
         asyncio.run(scenario(cluster))
@@ -243,56 +240,13 @@ def test_no_more_than_max_active_requests_reach_the_engines() -> None:
     assert peak == 3
 
 
-@pytest.mark.parametrize("told", ["by silence", "by membership"])
-def test_a_killed_decode_ends_its_requests_naming_it_and_the_others_go_on(told: str) -> None:
-    async def scenario(cluster: FakeCluster) -> None:
-        async with running_router(cluster, worker_timeout_s=0.5, policy="round_robin") as (service, client):
-            streams = [client.generate([5, 6, 7], max_tokens=60) for _ in range(2)]
-            reading = [asyncio.ensure_future(stream.result()) for stream in streams]
-            await eventually(lambda: len(cluster.engines["decode/1/0"].decoding) == 1)
-            cluster.kill("decode/0/0")
-            if told == "by membership":
-                service.set_members(cluster.members)
-            results = await asyncio.gather(*reading, return_exceptions=True)
-            (error,) = [result for result in results if isinstance(result, SplitserveClientError)]
-            why = "left the cluster" if told == "by membership" else "silent for"
-            assert error.code == "UNAVAILABLE"
-            assert f"worker decode/0/0 {why}" in error.message
-            assert sum(not isinstance(result, Exception) for result in results) == 1
-            await client.generate([5, 6, 7], max_tokens=3).result()
-
-    with FakeCluster(1, 2, Behaviour(step_s=0.02)) as cluster, nothing_left(cluster):
-        asyncio.run(scenario(cluster))
-
-
-def test_a_restarted_prefill_ends_what_waited_for_it_and_takes_new_requests() -> None:
-    async def scenario(cluster: FakeCluster) -> None:
-        async with running_router(cluster) as (service, client):
-            reading = asyncio.ensure_future(client.generate([5, 6, 7], max_tokens=3).result())
-            await eventually(lambda: cluster.engines["prefill/0/0"].jobs)
-            cluster.restart("prefill/0/0")
-            service.set_members(cluster.members)
-            with pytest.raises(SplitserveClientError, match="UNAVAILABLE: worker prefill/0/0 restarted"):
-                await reading
-            await eventually(lambda: not cluster.engines["decode/0/0"].jobs)
-            service.set_members([cluster.engines["decode/0/0"].member])
-            with pytest.raises(SplitserveClientError, match="UNAVAILABLE: no prefill worker is ready"):
-                await client.generate([5], max_tokens=1).result()
-            service.set_members(cluster.members)
-            await engines_ready(client)
-            assert (await client.generate([5], max_tokens=3).result()).samples[0].token_ids == (5, 5, 5)
-
-    with FakeCluster(behaviour=Behaviour(prefill_s=0.3)) as cluster:
-        asyncio.run(scenario(cluster))
-
-
 def test_an_engines_failure_is_the_requests_error_and_frees_the_other_engine() -> None:
     async def scenario(cluster: FakeCluster) -> None:
         async with running_router(cluster) as (_, client):
-            with pytest.raises(SplitserveClientError, match="UNAVAILABLE: no KV came through"):
+            with pytest.raises(SplitserveClientError, match="INTERNAL: the logits are not finite"):
                 await client.generate([5, 6, 7]).result()
 
-    behaviour = Behaviour(fail_prefill=("UNAVAILABLE", "no KV came through"))
+    behaviour = Behaviour(fail_prefill=("INTERNAL", "the logits are not finite"))
     with FakeCluster(behaviour=behaviour) as cluster, nothing_left(cluster):
         asyncio.run(scenario(cluster))
 

@@ -1,0 +1,94 @@
+"""One attempt of a request: what a pair of engines is asked for, some of its samples or all.
+
+asked --Granted--> granted --FirstToken, Joined--> decoding --last tokens--> over
+  |                   |                               |
+ Busy                 +---- engine lost, KV lost -----+--> lost: others go on from what its samples have
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+from splitserve.cluster.layout import KvLayout
+from splitserve.cluster.messages import Busy, Cancel, Granted, Prefill, Reserve
+from splitserve.cluster.sampling import SamplingParams
+from splitserve.router.output_buffer import SampleOutput
+from splitserve.router.policy import Placement
+
+
+class Attempt:
+    """Number `number` of a request, for `samples` with consecutive indices that stand at the same token.
+
+    `reply` is the decode engine's answer. `joined`: decode has all that it needs of prefill.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        number: int,
+        placement: Placement,
+        samples: Sequence[SampleOutput],
+        prompt: list[int],
+        params: SamplingParams,
+    ) -> None:
+        self.number, self.placement, self.samples = number, placement, samples
+        self.reply: asyncio.Future[Granted | Busy] = asyncio.get_running_loop().create_future()
+        self.joined = False
+        self._request_id = request_id
+        self._output_tokens = len(samples[0].token_ids)
+        self._token_ids = prompt + samples[0].token_ids
+        self._params = params if params.n == len(samples) else replace(params, n=len(samples))
+
+    @property
+    def unfinished(self) -> list[SampleOutput]:
+        return [sample for sample in self.samples if sample.finish_reason is None]
+
+    def needs(self, engine: str) -> bool:
+        prefill, decode = self.placement
+        return bool(self.unfinished) and (engine == decode or (engine == prefill and not self.joined))
+
+    @property
+    def is_held(self) -> bool:
+        """Whether an engine may still hold something of it: not when decode itself has ended every sample."""
+        ended = all(sample.finish_reason and not sample.stopped_by_string for sample in self.samples)
+        return not (self.joined and ended)
+
+    def reserve(self, source: KvLayout, deadline_s: float) -> Reserve:
+        return Reserve(
+            request_id=self._request_id,
+            attempt=self.number,
+            token_ids=self._token_ids,
+            params=self._params,
+            source=source,
+            deadline_s=deadline_s,
+            first_sample=self.samples[0].index,
+            output_tokens=self._output_tokens,
+        )
+
+    def prefill(self, deadline_s: float) -> Prefill:
+        """For an attempt that was granted."""
+        granted = self.reply.result()
+        assert isinstance(granted, Granted)
+        return Prefill(
+            request_id=self._request_id,
+            attempt=self.number,
+            token_ids=self._token_ids,
+            params=self._params,
+            ticket=granted.ticket,
+            deadline_s=deadline_s,
+            first_sample=self.samples[0].index,
+            output_tokens=self._output_tokens,
+        )
+
+    def cancel(self, sample: int | None = None) -> Cancel:
+        return Cancel(self._request_id, self.number, sample)
+
+    def remains(self) -> list[list[SampleOutput]]:
+        """What is left to do of a lost attempt: all of its samples at once if none has a token, else one by one."""
+        for sample in self.samples:
+            sample.forget_early()
+        if not any(sample.token_ids for sample in self.samples):
+            return [self.unfinished]
+        return [[sample] for sample in self.unfinished]

@@ -1,0 +1,124 @@
+"""Requests whose engines die, restart, freeze or lose their KV go on elsewhere: no token twice, none missing."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from splitserve.client import SplitserveClientError
+from splitserve.router.fake_engine import Behaviour, FakeCluster
+from splitserve.router.request import MOST_LOSSES
+from tests.router.routers import engines_ready, eventually, nothing_left, running_router
+from tests.router.test_service import echo
+
+
+@pytest.mark.parametrize("told", ["by silence", "by membership"])
+def test_a_killed_decodes_requests_go_on_with_another(told: str) -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        async with running_router(cluster, worker_timeout_s=0.5, policy="round_robin") as (service, client):
+            streams = [client.generate([5, 6, 7], max_tokens=60, n=1 + index % 2) for index in range(4)]
+            reading = [asyncio.ensure_future(stream.result()) for stream in streams]
+            await eventually(lambda: len(cluster.engines["decode/0/0"].decoding) == 2)
+            cluster.kill("decode/0/0")
+            if told == "by membership":
+                service.set_members(cluster.members)
+            for index, completion in enumerate(await asyncio.gather(*reading)):
+                found = [sample.token_ids for sample in completion.samples]
+                assert found == [tuple(echo([5, 6, 7], 60, sample)) for sample in range(1 + index % 2)]
+                assert completion.summary.decode_engine == "decode/1/0"
+
+    with FakeCluster(1, 2, Behaviour(step_s=0.01)) as cluster, nothing_left(cluster):
+        asyncio.run(scenario(cluster))
+
+
+@pytest.mark.parametrize("engine", ["prefill/0/0", "decode/0/0"])
+def test_with_one_worker_a_pool_they_wait_until_it_is_back(engine: str) -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        async with running_router(cluster) as (service, client):
+            reading = [asyncio.ensure_future(client.generate([5, 6, 7], max_tokens=40).result()) for _ in range(3)]
+            await eventually(lambda: len(cluster.engines[engine].jobs) == 3)
+            members = cluster.members
+            service.set_members([member for member in members if member.engine != engine])
+            reading.append(asyncio.ensure_future(client.generate([5, 6, 7], max_tokens=40).result()))
+            cluster.restart(engine)
+            await asyncio.sleep(0.2)
+            service.set_members(cluster.members)
+            for completion in await asyncio.gather(*reading):
+                assert completion.samples[0].token_ids == tuple(echo([5, 6, 7], 40))
+
+    with FakeCluster(behaviour=Behaviour(prefill_s=0.05, step_s=0.01)) as cluster, nothing_left(cluster):
+        asyncio.run(scenario(cluster))
+
+
+def test_without_workers_a_request_waits_for_its_deadline_and_says_why() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        async with running_router(cluster, default_deadline_s=1.0) as (service, client):
+            service.set_members([])
+            with pytest.raises(SplitserveClientError, match="not all pools have a worker that is ready") as caught:
+                await client.generate([5]).result()
+            assert caught.value.code == "DEADLINE_EXCEEDED"
+            service.set_members(cluster.members)
+            await engines_ready(client)
+            assert (await client.generate([5], max_tokens=3).result()).samples[0].token_ids == (5, 5, 5)
+
+    with FakeCluster() as cluster, nothing_left(cluster):
+        asyncio.run(scenario(cluster))
+
+
+def test_stop_strings_and_logprobs_hold_across_a_loss() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        async with running_router(cluster) as (service, client):
+            undisturbed = await client.generate("abcdefghij", max_tokens=60, logprobs=0, stop=["ijab"]).result()
+            stream = client.generate("abcdefghij", max_tokens=60, logprobs=0, stop=["ijab"])
+            reading = asyncio.ensure_future(stream.result())
+            await eventually(lambda: cluster.engines["decode/0/0"].decoding)
+            cluster.restart("decode/0/0")
+            service.set_members(cluster.members)
+            disturbed = await reading
+            assert disturbed.samples == undisturbed.samples
+            assert disturbed.samples[0].finish_reason == "stop"
+
+    with FakeCluster(behaviour=Behaviour(step_s=0.01)) as cluster, nothing_left(cluster):
+        asyncio.run(scenario(cluster))
+
+
+def test_a_request_that_brings_its_workers_down_is_given_up() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        async with running_router(cluster) as (_, client):
+            with pytest.raises(SplitserveClientError, match=f"UNAVAILABLE: given up after {MOST_LOSSES} losses"):
+                await client.generate([5, 6, 7]).result()
+
+    behaviour = Behaviour(fail_prefill=("UNAVAILABLE", "no KV came through"))
+    with FakeCluster(behaviour=behaviour) as cluster, nothing_left(cluster):
+        asyncio.run(scenario(cluster))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_many_requests_under_many_deaths(seed: int) -> None:
+    """Engines of both pools are replaced at random moments; each is away for a while."""
+
+    async def scenario(cluster: FakeCluster) -> None:
+        dice = random.Random(seed)
+        async with running_router(cluster) as (service, client):
+            prompts = [dice.choices(range(3, 250), k=dice.randint(1, 9)) for _ in range(40)]
+            samples = [dice.randint(1, 3) for _ in prompts]
+            reading = [
+                asyncio.ensure_future(client.generate(prompt, max_tokens=50, n=n, timeout_s=30).result())
+                for prompt, n in zip(prompts, samples, strict=True)
+            ]
+            for _ in range(6):
+                await asyncio.sleep(dice.uniform(0.02, 0.15))
+                name = dice.choice(sorted(cluster.engines))
+                service.set_members([member for member in cluster.members if member.engine != name])
+                cluster.restart(name)
+                await asyncio.sleep(dice.uniform(0.0, 0.1))
+                service.set_members(cluster.members)
+            for prompt, n, completion in zip(prompts, samples, await asyncio.gather(*reading), strict=True):
+                found = [sample.token_ids for sample in completion.samples]
+                assert found == [tuple(echo(prompt, 50, sample)) for sample in range(n)]
+
+    behaviour = Behaviour(prefill_s=0.02, transfer_s=0.01, step_s=0.01, slots=30)
+    with FakeCluster(2, 2, behaviour) as cluster, nothing_left(cluster):
+        asyncio.run(scenario(cluster))
