@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Any, Unpack
 
@@ -24,18 +24,21 @@ from splitserve.router.v1.splitserve_pb2_grpc import SplitServeStub
 
 
 class AsyncClient:
-    """A cluster's router at `address` (host:port), over TLS if `root_certificates` (PEM) are given.
+    """A cluster's router at `address` (host:port), or one of several, over TLS if `root_certificates` (PEM) are given.
+
+    A stream whose router dies goes on, at another one or at the same when it is back: no token twice, none missing.
 
     `timeout_s` of a call becomes its deadline. Whatever fails raises SplitserveClientError. Cancelling the task that
     reads a stream cancels the request.
     """
 
-    def __init__(self, address: str, *, root_certificates: bytes | None = None) -> None:
+    def __init__(self, address: str | Sequence[str], *, root_certificates: bytes | None = None) -> None:
+        target = wire.target(address)
         if root_certificates is None:
-            self._channel = grpc.aio.insecure_channel(address, options=wire.CHANNEL_OPTIONS)
+            self._channel = grpc.aio.insecure_channel(target, options=wire.CHANNEL_OPTIONS)
         else:
             credentials = grpc.ssl_channel_credentials(root_certificates)
-            self._channel = grpc.aio.secure_channel(address, credentials, options=wire.CHANNEL_OPTIONS)
+            self._channel = grpc.aio.secure_channel(target, credentials, options=wire.CHANNEL_OPTIONS)
         self._stub = SplitServeStub(self._channel)
 
     def generate(
@@ -48,14 +51,14 @@ class AsyncClient:
     ) -> AsyncStream:
         """Continue `prompt`, a text or token ids."""
         request = wire.generate_request(prompt, model, sampling)
-        return AsyncStream(self._stub.Generate(request, timeout=timeout_s))
+        return AsyncStream(self._stub.Generate, request, timeout_s)
 
     def chat(
         self, messages: Conversation, *, model: str = "", timeout_s: float | None = None, **sampling: Unpack[Sampling]
     ) -> AsyncStream:
         """Answer `messages`, each a mapping of role and content."""
         request = wire.chat_request(messages, model, sampling)
-        return AsyncStream(self._stub.Chat(request, timeout=timeout_s))
+        return AsyncStream(self._stub.Chat, request, timeout_s)
 
     async def tokenize(self, text: str | Conversation, *, model: str = "") -> list[int]:
         """Token ids of a text, or of a conversation as Chat would send it to the model."""
@@ -93,9 +96,15 @@ class AsyncClient:
 class AsyncStream:
     """The answer as it arrives: iterate over its deltas, once, or await the `result`."""
 
-    def __init__(self, call: grpc.aio.UnaryStreamCall[Any, pb.GenerateResponse]) -> None:
-        self._call = call
-        self._gatherer = wire.Gatherer()
+    def __init__(
+        self,
+        method: Callable[..., grpc.aio.UnaryStreamCall[Any, pb.GenerateResponse]],
+        request: pb.GenerateRequest | pb.ChatRequest,
+        timeout_s: float | None,
+    ) -> None:
+        self._method, self._cancelled = method, False
+        self._call = method(request, timeout=timeout_s)
+        self._gatherer = wire.Gatherer(request, timeout_s)
 
     @property
     def request_id(self) -> str:
@@ -104,10 +113,19 @@ class AsyncStream:
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         try:
-            with wire.client_errors():
-                async for response in self._call:
-                    for delta in self._gatherer.accept(response):
-                        yield delta
+            while True:
+                try:
+                    with wire.client_errors():
+                        async for response in self._call:
+                            for delta in self._gatherer.accept(response):
+                                yield delta
+                    return
+                except SplitserveClientError as error:
+                    request = self._gatherer.again(error)
+                    await asyncio.sleep(wire.PAUSE_S)
+                    self._call = self._method(request, timeout=self._gatherer.timeout_s)
+                    if self._cancelled:
+                        self._call.cancel()
         except asyncio.CancelledError as error:
             if self._task_cancelled():
                 raise
@@ -122,6 +140,7 @@ class AsyncStream:
 
     def cancel(self) -> None:
         """Stop; the cluster frees what the request holds."""
+        self._cancelled = True
         self._call.cancel()
 
     @staticmethod

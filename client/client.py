@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Protocol, Unpack
 
 import grpc
 
 from splitserve.client import wire
-from splitserve.client.types import ClusterStatus, Completion, Conversation, Delta, Model, Sampling
+from splitserve.client.types import (
+    ClusterStatus,
+    Completion,
+    Conversation,
+    Delta,
+    Model,
+    Sampling,
+    SplitserveClientError,
+)
 from splitserve.router.v1 import splitserve_pb2 as pb
 from splitserve.router.v1.splitserve_pb2_grpc import SplitServeStub
 
 
 class Client:
-    """A cluster's router at `address` (host:port), over TLS if `root_certificates` (PEM) are given.
+    """A cluster's router at `address` (host:port), or one of several, over TLS if `root_certificates` (PEM) are given.
+
+    A stream whose router dies goes on, at another one or at the same when it is back: no token twice, none missing.
 
     `timeout_s` of a call becomes its deadline. Whatever fails raises SplitserveClientError.
 
@@ -25,12 +36,13 @@ class Client:
     >>> client.generate("Once upon a time", max_tokens=16).result().text             # doctest: +SKIP
     """
 
-    def __init__(self, address: str, *, root_certificates: bytes | None = None) -> None:
+    def __init__(self, address: str | Sequence[str], *, root_certificates: bytes | None = None) -> None:
+        target = wire.target(address)
         if root_certificates is None:
-            self._channel = grpc.insecure_channel(address, options=wire.CHANNEL_OPTIONS)
+            self._channel = grpc.insecure_channel(target, options=wire.CHANNEL_OPTIONS)
         else:
             credentials = grpc.ssl_channel_credentials(root_certificates)
-            self._channel = grpc.secure_channel(address, credentials, options=wire.CHANNEL_OPTIONS)
+            self._channel = grpc.secure_channel(target, credentials, options=wire.CHANNEL_OPTIONS)
         self._stub = SplitServeStub(self._channel)
 
     def generate(
@@ -43,14 +55,14 @@ class Client:
     ) -> Stream:
         """Continue `prompt`, a text or token ids."""
         request = wire.generate_request(prompt, model, sampling)
-        return Stream(self._stub.Generate(request, timeout=timeout_s))
+        return Stream(self._stub.Generate, request, timeout_s)
 
     def chat(
         self, messages: Conversation, *, model: str = "", timeout_s: float | None = None, **sampling: Unpack[Sampling]
     ) -> Stream:
         """Answer `messages`, each a mapping of role and content."""
         request = wire.chat_request(messages, model, sampling)
-        return Stream(self._stub.Chat(request, timeout=timeout_s))
+        return Stream(self._stub.Chat, request, timeout_s)
 
     def tokenize(self, text: str | Conversation, *, model: str = "") -> list[int]:
         """Token ids of a text, or of a conversation as Chat would send it to the model."""
@@ -94,9 +106,12 @@ class _Call(Protocol):
 class Stream:
     """The answer as it arrives: iterate over its deltas, once, or take the `result`."""
 
-    def __init__(self, call: _Call) -> None:
-        self._call = call
-        self._gatherer = wire.Gatherer()
+    def __init__(
+        self, method: Callable[..., _Call], request: pb.GenerateRequest | pb.ChatRequest, timeout_s: float | None
+    ) -> None:
+        self._method, self._cancelled = method, False
+        self._call = method(request, timeout=timeout_s)
+        self._gatherer = wire.Gatherer(request, timeout_s)
 
     @property
     def request_id(self) -> str:
@@ -104,9 +119,18 @@ class Stream:
         return self._gatherer.request_id
 
     def __iter__(self) -> Iterator[Delta]:
-        with wire.client_errors():
-            for response in self._call:
-                yield from self._gatherer.accept(response)
+        while True:
+            try:
+                with wire.client_errors():
+                    for response in self._call:
+                        yield from self._gatherer.accept(response)
+                return
+            except SplitserveClientError as error:
+                request = self._gatherer.again(error)
+                time.sleep(wire.PAUSE_S)
+                self._call = self._method(request, timeout=self._gatherer.timeout_s)
+                if self._cancelled:
+                    self._call.cancel()
 
     def result(self) -> Completion:
         """Read to the end. What was iterated over before is part of it."""
@@ -116,4 +140,5 @@ class Stream:
 
     def cancel(self) -> None:
         """Stop; the cluster frees what the request holds."""
+        self._cancelled = True
         self._call.cancel()

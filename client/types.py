@@ -92,12 +92,13 @@ class Timings:
 
 @dataclass(frozen=True)
 class Summary:
-    """How a request went."""
+    """How a request went. `losses`: how often it had to go on elsewhere, because engines or its KV were lost."""
 
     usage: Usage
     timings: Timings
     prefill_engine: str
     decode_engine: str
+    losses: int
 
 
 @dataclass(frozen=True)

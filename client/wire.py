@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, ParamSpec, TypeVar, cast
@@ -35,6 +37,13 @@ ENGINE_STATES: dict[int, Literal["starting", "ready", "silent"]] = {
     pb.ENGINE_STATE_SILENT: "silent",
 }
 
+REASONS: dict[FinishReason | None, pb.FinishReason.ValueType] = {
+    None: pb.FINISH_REASON_UNSPECIFIED,
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+}
+AGAIN_S, PAUSE_S = 15.0, 0.1
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -61,6 +70,24 @@ def _checked(build: Callable[P, R]) -> Callable[P, R]:
             raise SplitserveClientError("INVALID_ARGUMENT", str(error)) from error
 
     return checked
+
+
+def target(address: str | Sequence[str]) -> str:
+    """What gRPC connects to: of several addresses the first that answers, and when that is gone, another one."""
+    if isinstance(address, str):
+        return address
+    found: list[tuple[socket.AddressFamily, str]] = []
+    for each in address:
+        host, _, port = each.rpartition(":")
+        try:
+            family, *_, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        except (OSError, ValueError) as error:
+            raise SplitserveClientError("INVALID_ARGUMENT", f"address: found {each!r}; give host:port") from error
+        found.append((family, f"[{place[0]}]:{port}" if family == socket.AF_INET6 else f"{place[0]}:{port}"))
+    if len({family for family, _ in found}) != 1:
+        raise SplitserveClientError("INVALID_ARGUMENT", "address: give at least one, and all IPv4 or all IPv6")
+    scheme = "ipv6" if found[0][0] == socket.AF_INET6 else "ipv4"
+    return f"{scheme}:" + ",".join(place for _, place in found)
 
 
 @_checked
@@ -104,10 +131,16 @@ def cluster_status(response: pb.StatusResponse) -> ClusterStatus:
 
 
 class Gatherer:
-    """Collects a stream of responses into one Completion."""
+    """Collects a stream of responses into one Completion, and says how a stream that breaks off is gone on from.
 
-    def __init__(self) -> None:
+    A request that has a deadline keeps it.
+    """
+
+    def __init__(self, request: pb.GenerateRequest | pb.ChatRequest, timeout_s: float | None) -> None:
         self.request_id = ""
+        self._request = request
+        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._progress_at: float | None = None
         self._deltas: list[Delta] = []
         self._prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         self._summary: Summary | None = None
@@ -115,12 +148,32 @@ class Gatherer:
     def accept(self, response: pb.GenerateResponse) -> list[Delta]:
         """The deltas of one response."""
         self.request_id = response.request_id
+        self._progress_at = time.monotonic()
         self._prompt_logprobs += _logprobs(response.prompt_logprobs)
         if response.HasField("summary"):
             self._summary = _summary(response.summary)
         deltas = [_delta(delta) for delta in response.deltas]
         self._deltas += deltas
         return deltas
+
+    @property
+    def timeout_s(self) -> float | None:
+        """What is left of the deadline."""
+        return None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
+
+    def again(self, error: SplitserveClientError) -> pb.GenerateRequest | pb.ChatRequest:
+        """The request to send after `error`, when the router is gone. Raises `error` where that is no use.
+
+        A stream that has begun is tried again for AGAIN_S from its last message on, another one once.
+        """
+        now = time.monotonic()
+        first_try, self._progress_at = self._progress_at is None, self._progress_at or now - AGAIN_S
+        if error.code != "UNAVAILABLE" or not (first_try or now - self._progress_at < AGAIN_S):
+            raise error
+        if self._deltas:
+            del self._request.answered[:]
+            self._request.answered.extend(map(self._answered, range(self._request.sampling.n or 1)))
+        return self._request
 
     def completion(self) -> Completion:
         """Everything, once the stream has ended well."""
@@ -129,6 +182,13 @@ class Gatherer:
         count = 1 + max(delta.index for delta in self._deltas)
         samples = tuple(self._sample(index) for index in range(count))
         return Completion(self.request_id, samples, self._prompt_logprobs, self._summary)
+
+    def _answered(self, index: int) -> pb.Answered:
+        deltas = [delta for delta in self._deltas if delta.index == index]
+        return pb.Answered(
+            token_ids=[token for delta in deltas for token in delta.token_ids],
+            finish_reason=REASONS[deltas[-1].finish_reason if deltas else None],
+        )
 
     def _sample(self, index: int) -> Sample:
         deltas = [delta for delta in self._deltas if delta.index == index]
@@ -167,6 +227,7 @@ def _summary(summary: pb.Summary) -> Summary:
         timings=Timings(**{field.name: getattr(timings, field.name) for field in pb.Timings.DESCRIPTOR.fields}),
         prefill_engine=summary.prefill_engine,
         decode_engine=summary.decode_engine,
+        losses=summary.losses,
     )
 
 

@@ -85,10 +85,12 @@ class Attempt:
     def cancel(self, sample: int | None = None) -> Cancel:
         return Cancel(self._request_id, self.number, sample)
 
-    def remains(self) -> list[list[SampleOutput]]:
-        """What is left to do of a lost attempt: all of its samples at once if none has a token, else one by one."""
-        for sample in self.samples:
-            sample.forget_early()
-        if not any(sample.token_ids for sample in self.samples):
-            return [self.unfinished]
-        return [[sample] for sample in self.unfinished]
+
+def by_attempt(samples: Sequence[SampleOutput]) -> list[list[SampleOutput]]:
+    """How to have `samples` answered from where they stand: all at once if none has a token, else one by one."""
+    for sample in samples:
+        sample.forget_early()
+    unfinished = [sample for sample in samples if sample.finish_reason is None]
+    if any(sample.token_ids for sample in samples):
+        return [[sample] for sample in unfinished]
+    return [unfinished] if unfinished else []

@@ -35,10 +35,10 @@ from splitserve.cluster.messages import (
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.cluster.topology import Router as RouterSettings
 from splitserve.router.admission import Admission
-from splitserve.router.attempt import Attempt
+from splitserve.router.attempt import Attempt, by_attempt
 from splitserve.router.detokenizer import Detokenizer
 from splitserve.router.engines import Engines
-from splitserve.router.output_buffer import SampleOutput
+from splitserve.router.output_buffer import Answered, SampleOutput
 from splitserve.router.policy import Placement, place
 from splitserve.router.request import MOST_LOSSES, Chunk, Request, Summary
 
@@ -75,12 +75,25 @@ class Dispatcher:
         """Whether a request could be placed now."""
         return bool(self.engines.views("prefill", "colocated") and self.engines.views("decode", "colocated"))
 
-    async def serve(self, token_ids: list[int], params: SamplingParams, deadline_s: float, write: Write) -> Summary:
-        """Take a request to its one outcome: every chunk written and the summary returned, or an error raised."""
-        request = self._new_request(token_ids, params, deadline_s)
+    async def serve(
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        deadline_s: float,
+        write: Write,
+        answered: Sequence[Answered] = (),
+    ) -> Summary:
+        """Take a request to its one outcome: every chunk written and the summary returned, or an error raised.
+
+        What its client has `answered`, one for each sample, is not written again.
+        """
+        request = self._new_request(token_ids, params, deadline_s, answered)
         try:
             async with asyncio.timeout(deadline_s), self.admission.admit():
-                await self._begin(request, request.samples)
+                first, *others = by_attempt(request.samples) or [[]]
+                if first:
+                    await self._begin(request, first)
+                self._begin_later(request, others)
                 while not request.finished:
                     await write(await request.chunk())
             return request.summary()
@@ -90,13 +103,15 @@ class Dispatcher:
         finally:
             self._forget(request)
 
-    def _new_request(self, token_ids: list[int], params: SamplingParams, deadline_s: float) -> Request:
+    def _new_request(
+        self, token_ids: list[int], params: SamplingParams, deadline_s: float, answered: Sequence[Answered]
+    ) -> Request:
         def stop(sample: int) -> None:
             for attempt in request.held:
                 self._cancel(attempt, sample)
 
         request_id = f"{self._identity}-{next(self._ids)}"
-        request = Request(request_id, token_ids, params, deadline_s, self._new_detokenizer, stop)
+        request = Request(request_id, token_ids, params, deadline_s, self._new_detokenizer, stop, answered)
         self._requests[request_id] = request
         return request
 
@@ -157,16 +172,19 @@ class Dispatcher:
         if request.losses > MOST_LOSSES:
             request.fail(WorkerUnavailable(f"given up after {MOST_LOSSES} losses, the last one: {reason}"))
             return
-        for samples in lost.remains():
-            task = asyncio.ensure_future(self._begin_again(request, samples))
+        self._begin_later(request, by_attempt(lost.samples))
+
+    def _begin_later(self, request: Request, groups: Sequence[Sequence[SampleOutput]]) -> None:
+        async def begin(samples: Sequence[SampleOutput]) -> None:
+            try:
+                await self._begin(request, samples)
+            except SplitserveError as error:
+                request.fail(error)
+
+        for samples in groups:
+            task = asyncio.ensure_future(begin(samples))
             request.tasks.add(task)
             task.add_done_callback(request.tasks.discard)
-
-    async def _begin_again(self, request: Request, samples: Sequence[SampleOutput]) -> None:
-        try:
-            await self._begin(request, samples)
-        except SplitserveError as error:
-            request.fail(error)
 
     def _forget(self, request: Request) -> None:
         del self._requests[request.id]

@@ -13,7 +13,7 @@ from splitserve.cluster.errors import InvalidRequest, Overloaded, SplitserveErro
 from splitserve.cluster.messages import TokenLogprobs
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.router.dispatcher import Dispatcher
-from splitserve.router.output_buffer import Delta
+from splitserve.router.output_buffer import Answered, Delta
 from splitserve.router.request import Chunk, Summary
 from splitserve.router.v1 import splitserve_pb2 as pb
 from splitserve.router.validate import Validator
@@ -65,13 +65,15 @@ class SplitServe:
     async def _chat(self, request: pb.ChatRequest, context: Context) -> None:
         await self._stream(*await self._validator.chat(request), context)
 
-    async def _stream(self, token_ids: list[int], params: SamplingParams, context: Context) -> None:
+    async def _stream(
+        self, token_ids: list[int], params: SamplingParams, answered: list[Answered], context: Context
+    ) -> None:
         async def write(chunk: Chunk) -> None:
             await context.write(_response(chunk))
 
         remaining_s = context.time_remaining()
         deadline_s = self._default_deadline_s if remaining_s is None or math.isinf(remaining_s) else remaining_s
-        summary = await self._dispatcher.serve(token_ids, params, deadline_s, write)
+        summary = await self._dispatcher.serve(token_ids, params, deadline_s, write, answered)
         await context.write(pb.GenerateResponse(request_id=summary.request_id, summary=_summary(summary)))
 
     async def _tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
@@ -161,4 +163,5 @@ def _summary(summary: Summary) -> pb.Summary:
         timings=pb.Timings(**timings),
         prefill_engine=summary.placement.prefill,
         decode_engine=summary.placement.decode,
+        losses=summary.losses,
     )

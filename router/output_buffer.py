@@ -18,6 +18,14 @@ from splitserve.router.stop import StopMatcher
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """What a client has of a sample from a stream that broke off."""
+
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What is new of one sample. `logprobs` has one entry per token id, or none if they were not asked for."""
 
@@ -44,6 +52,14 @@ class SampleOutput:
         self._text = ""
         self._new_token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
+
+    def restore(self, answered: Answered) -> None:
+        """Stand where the client stands: nothing that it has comes again."""
+        for token_id in answered.token_ids:
+            self._append(SampleToken("", 0, self.index, self._position, token_id))
+        self._text, self._new_token_ids = "", []
+        if answered.finish_reason is not None:
+            self.finish_reason, self.drained = answered.finish_reason, True
 
     def accept(self, token: SampleToken) -> None:
         """Take a token; one that was there before, or that follows the end, changes nothing."""
@@ -103,6 +119,8 @@ class OutputBuffer:
         self._samples = samples
         self._on_stop_string = on_stop_string
         self._ready = asyncio.Event()
+        if any(sample.finish_reason for sample in samples):
+            self._ready.set()
         self._error: SplitserveError | None = None
 
     @property

@@ -12,7 +12,7 @@ from splitserve.cluster.messages import Busy, Failed, FirstToken, Granted, Joine
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.router.attempt import Attempt
 from splitserve.router.detokenizer import Detokenizer
-from splitserve.router.output_buffer import Delta, OutputBuffer, SampleOutput
+from splitserve.router.output_buffer import Answered, Delta, OutputBuffer, SampleOutput
 from splitserve.router.policy import Placement
 from splitserve.router.timeline import Timeline, Timings
 
@@ -48,6 +48,7 @@ class Request:
     """A request from its arrival to its one outcome.
 
     `on_stop_string(sample)` is called at once when a sample ends by a stop string, which its engine knows nothing of.
+    `answered` has for each sample what its client has already, if anything.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Request:
         deadline_s: float,
         new_detokenizer: Callable[[], Detokenizer],
         on_stop_string: Callable[[int], None],
+        answered: Sequence[Answered] = (),
     ) -> None:
         self.id = request_id
         self.placement = Placement()  # of its latest attempt
@@ -74,6 +76,10 @@ class Request:
         self.samples = [
             SampleOutput(index, len(token_ids), new_detokenizer(), params.stop) for index in range(params.n)
         ]
+        for sample, known in zip(self.samples, answered, strict=bool(answered)):
+            sample.restore(known)
+        if any(sample.token_ids for sample in self.samples):
+            self._cached_tokens = 0  # the client has had the first tokens, and what comes with them
         self._output = OutputBuffer(self.samples, on_stop_string)
 
     @property

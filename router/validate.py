@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from splitserve.cluster.errors import InvalidRequest, NotFound
 from splitserve.cluster.sampling import SamplingParams
+from splitserve.router.output_buffer import Answered
 from splitserve.router.tokenizer import Tokenizer
 from splitserve.router.v1 import splitserve_pb2 as pb
 
 SHORT_TEXT = 8192  # characters; longer texts are tokenised in a thread, so that other requests go on
+
+FINISH_REASONS: dict[int, Literal["stop", "length"]] = {
+    pb.FINISH_REASON_STOP: "stop",
+    pb.FINISH_REASON_LENGTH: "length",
+}
 
 T = TypeVar("T")
 
@@ -24,8 +30,8 @@ class Validator:
         self.tokenizer = tokenizer
         self.context = context
 
-    async def generate(self, request: pb.GenerateRequest) -> tuple[list[int], SamplingParams]:
-        """Prompt token ids and sampling parameters of a Generate call."""
+    async def generate(self, request: pb.GenerateRequest) -> tuple[list[int], SamplingParams, list[Answered]]:
+        """Prompt token ids, sampling parameters and what the client has already, of a Generate call."""
         self._check_model(request.model)
         match request.WhichOneof("prompt"):
             case "text":
@@ -35,12 +41,13 @@ class Validator:
                 self.tokenizer.check_ids("token_ids", token_ids)
             case _:
                 raise InvalidRequest("prompt", None, "give text or token_ids")
-        return self._fit(token_ids, request.sampling)
+        return *(fitting := self._fit(token_ids, request.sampling)), self._answered(request.answered, *fitting)
 
-    async def chat(self, request: pb.ChatRequest) -> tuple[list[int], SamplingParams]:
-        """Prompt token ids and sampling parameters of a Chat call."""
+    async def chat(self, request: pb.ChatRequest) -> tuple[list[int], SamplingParams, list[Answered]]:
+        """The same of a Chat call."""
         self._check_model(request.model)
-        return self._fit(await self._encode_messages(request.messages), request.sampling)
+        fitting = self._fit(await self._encode_messages(request.messages), request.sampling)
+        return *fitting, self._answered(request.answered, *fitting)
 
     async def tokenize(self, request: pb.TokenizeRequest) -> list[int]:
         """Token ids of a text or of a conversation."""
@@ -97,6 +104,20 @@ class Validator:
             expected = f"after {len(token_ids)} prompt tokens the context of {self.context} has room for {room}"
             raise InvalidRequest("max_tokens", params.max_tokens, expected)
         return token_ids, params
+
+    def _answered(
+        self, answered: Sequence[pb.Answered], token_ids: list[int], params: SamplingParams
+    ) -> list[Answered]:
+        if answered and len(answered) != params.n:
+            raise InvalidRequest("answered", f"{len(answered)} samples", f"give none, or all {params.n}")
+        room = min(self.context - len(token_ids), params.max_tokens or self.context)
+        for index, sample in enumerate(answered):
+            field = f"answered[{index}].token_ids"
+            self.tokenizer.check_ids(field, sample.token_ids)
+            if len(sample.token_ids) > room - (not sample.finish_reason):
+                expected = f"an answer that goes on has fewer than {room}"
+                raise InvalidRequest(field, f"{len(sample.token_ids)} tokens", expected)
+        return [Answered(list(sample.token_ids), FINISH_REASONS.get(sample.finish_reason)) for sample in answered]
 
 
 def sampling_params(sampling: pb.Sampling) -> SamplingParams:

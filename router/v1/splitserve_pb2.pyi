@@ -205,6 +205,30 @@ class TokenIds(google.protobuf.message.Message):
 Global___TokenIds: typing_extensions.TypeAlias = TokenIds
 
 @typing.final
+class Answered(google.protobuf.message.Message):
+    """What a client has of one sample, by index, when its stream breaks off. Sent with the same request again, to any router,
+    the answer goes on from there: only what is new comes.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: builtins.int
+    FINISH_REASON_FIELD_NUMBER: builtins.int
+    finish_reason: Global___FinishReason.ValueType
+    """of a sample that has ended"""
+    @property
+    def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        finish_reason: Global___FinishReason.ValueType = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["finish_reason", b"finish_reason", "token_ids", b"token_ids"]) -> None: ...
+
+Global___Answered: typing_extensions.TypeAlias = Answered
+
+@typing.final
 class GenerateRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -212,6 +236,7 @@ class GenerateRequest(google.protobuf.message.Message):
     TEXT_FIELD_NUMBER: builtins.int
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     SAMPLING_FIELD_NUMBER: builtins.int
+    ANSWERED_FIELD_NUMBER: builtins.int
     model: builtins.str
     """the served model when empty"""
     text: builtins.str
@@ -219,6 +244,10 @@ class GenerateRequest(google.protobuf.message.Message):
     def token_ids(self) -> Global___TokenIds: ...
     @property
     def sampling(self) -> Global___Sampling: ...
+    @property
+    def answered(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Answered]:
+        """nothing, or one for each sample"""
+
     def __init__(
         self,
         *,
@@ -226,9 +255,10 @@ class GenerateRequest(google.protobuf.message.Message):
         text: builtins.str = ...,
         token_ids: Global___TokenIds | None = ...,
         sampling: Global___Sampling | None = ...,
+        answered: collections.abc.Iterable[Global___Answered] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["model", b"model", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["answered", b"answered", "model", b"model", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["prompt", b"prompt"]) -> typing.Literal["text", "token_ids"] | None: ...
 
 Global___GenerateRequest: typing_extensions.TypeAlias = GenerateRequest
@@ -258,21 +288,27 @@ class ChatRequest(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     MESSAGES_FIELD_NUMBER: builtins.int
     SAMPLING_FIELD_NUMBER: builtins.int
+    ANSWERED_FIELD_NUMBER: builtins.int
     model: builtins.str
     """the served model when empty"""
     @property
     def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Message]: ...
     @property
     def sampling(self) -> Global___Sampling: ...
+    @property
+    def answered(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Answered]:
+        """nothing, or one for each sample"""
+
     def __init__(
         self,
         *,
         model: builtins.str = ...,
         messages: collections.abc.Iterable[Global___Message] | None = ...,
         sampling: Global___Sampling | None = ...,
+        answered: collections.abc.Iterable[Global___Answered] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["messages", b"messages", "model", b"model", "sampling", b"sampling"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["answered", b"answered", "messages", b"messages", "model", b"model", "sampling", b"sampling"]) -> None: ...
 
 Global___ChatRequest: typing_extensions.TypeAlias = ChatRequest
 
@@ -422,8 +458,11 @@ class Summary(google.protobuf.message.Message):
     TIMINGS_FIELD_NUMBER: builtins.int
     PREFILL_ENGINE_FIELD_NUMBER: builtins.int
     DECODE_ENGINE_FIELD_NUMBER: builtins.int
+    LOSSES_FIELD_NUMBER: builtins.int
     prefill_engine: builtins.str
     decode_engine: builtins.str
+    losses: builtins.int
+    """how often it had to go on elsewhere, because engines or its KV were lost"""
     @property
     def usage(self) -> Global___Usage: ...
     @property
@@ -435,9 +474,10 @@ class Summary(google.protobuf.message.Message):
         timings: Global___Timings | None = ...,
         prefill_engine: builtins.str = ...,
         decode_engine: builtins.str = ...,
+        losses: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["timings", b"timings", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["decode_engine", b"decode_engine", "prefill_engine", b"prefill_engine", "timings", b"timings", "usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["decode_engine", b"decode_engine", "losses", b"losses", "prefill_engine", b"prefill_engine", "timings", b"timings", "usage", b"usage"]) -> None: ...
 
 Global___Summary: typing_extensions.TypeAlias = Summary
 

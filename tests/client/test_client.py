@@ -99,7 +99,7 @@ def test_every_sampling_parameter_arrives(
     engine = cluster.engines["decode/0/0"]
 
     def join(key: tuple[str, int]) -> None:
-        seen.append(engine.jobs[key].params)
+        seen.append(engine.jobs[key].message.params)
         type(engine).join(engine, key)
 
     monkeypatch.setattr(engine, "join", join)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
+from contextlib import AsyncExitStack
 
+import grpc
 import pytest
 
-from splitserve.client import SplitserveClientError
+from splitserve.client import AsyncClient, SplitserveClientError
 from splitserve.router.fake_engine import Behaviour, FakeCluster
 from splitserve.router.request import MOST_LOSSES
-from tests.router.routers import engines_ready, eventually, nothing_left, running_router
+from splitserve.router.service import RouterService
+from splitserve.router.v1 import splitserve_pb2 as pb
+from splitserve.router.v1.splitserve_pb2_grpc import SplitServeStub
+from tests.router.routers import engines_ready, eventually, model_folder, nothing_left, running_router, topology
 from tests.router.test_service import echo
 
 
@@ -92,6 +98,79 @@ def test_a_request_that_brings_its_workers_down_is_given_up() -> None:
 
     behaviour = Behaviour(fail_prefill=("UNAVAILABLE", "no KV came through"))
     with FakeCluster(behaviour=behaviour) as cluster, nothing_left(cluster):
+        asyncio.run(scenario(cluster))
+
+
+async def two_routers(cluster: FakeCluster, stack: AsyncExitStack) -> tuple[list[RouterService], AsyncClient]:
+    services = [RouterService(topology(), model_folder()) for _ in range(2)]
+    for service in services:
+        await service.start()
+        service.set_members(cluster.members)
+        stack.push_async_callback(service.stop)
+    client = await stack.enter_async_context(AsyncClient([service.address for service in services]))
+    await eventually(lambda: all(service.dispatcher.ready for service in services))
+    return services, client
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_stream_whose_router_dies_goes_on_at_another(begun: bool) -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        async with AsyncExitStack() as stack:
+            services, client = await two_routers(cluster, stack)
+            undisturbed = await client.generate("abcdefghij", max_tokens=60, n=2, logprobs=0, stop=["ijab"]).result()
+            stream = client.generate("abcdefghij", max_tokens=60, n=2, logprobs=0, stop=["ijab"], timeout_s=20)
+            reading = asyncio.ensure_future(stream.result())
+            held = cluster.engines["decode/0/0"].decoding if begun else cluster.engines["prefill/0/0"].jobs
+            await eventually(lambda: held)
+            (busy,) = [service for service in services if service.dispatcher.admission.active]
+            await busy._server.stop(0)
+            completion = await reading
+            assert completion.samples == undisturbed.samples
+            assert completion.request_id.partition("-")[2] != undisturbed.request_id
+
+    with FakeCluster(behaviour=Behaviour(prefill_s=0.05, step_s=0.01)) as cluster, nothing_left(cluster):
+        asyncio.run(scenario(cluster))
+
+
+@pytest.mark.parametrize("finish_reason", [pb.FINISH_REASON_UNSPECIFIED, pb.FINISH_REASON_STOP])
+def test_what_the_client_has_does_not_come_again(finish_reason: pb.FinishReason.ValueType) -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        async with running_router(cluster) as (service, _), grpc.aio.insecure_channel(service.address) as channel:
+            request = pb.GenerateRequest(
+                token_ids=pb.TokenIds(ids=[5, 6, 7]),
+                sampling=pb.Sampling(max_tokens=9, n=2),
+                answered=[pb.Answered(token_ids=echo([5, 6, 7], 4), finish_reason=finish_reason), pb.Answered()],
+            )
+            found: dict[int, list[int]] = {0: [], 1: []}
+            async for response in SplitServeStub(channel).Generate(request):
+                for delta in response.deltas:
+                    found[delta.index] += delta.token_ids
+            rest = [] if finish_reason else echo([5, 6, 7], 9)[4:]
+            assert found == {0: rest, 1: echo([5, 6, 7], 9, 1)}
+            assert response.summary.usage.completion_tokens == 4 + len(rest) + 9
+
+    with FakeCluster() as cluster, nothing_left(cluster):
+        asyncio.run(scenario(cluster))
+
+
+@pytest.mark.parametrize(
+    ("answered", "fault"),
+    [
+        ([pb.Answered()] * 3, "answered: found '3 samples'; give none, or all 2"),
+        ([pb.Answered(token_ids=[10**6]), pb.Answered()], "answered.0..token_ids: found 1000000"),
+        ([pb.Answered(), pb.Answered(token_ids=[5] * 9)], "answered.1..token_ids: found '9 tokens'"),
+    ],
+)
+def test_what_cannot_have_been_answered_is_refused(answered: list[pb.Answered], fault: str) -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        async with running_router(cluster) as (service, _), grpc.aio.insecure_channel(service.address) as channel:
+            sampling = pb.Sampling(max_tokens=9, n=2)
+            request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]), sampling=sampling, answered=answered)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await SplitServeStub(channel).Generate(request).read()
+            assert re.match(fault, caught.value.details() or "")
+
+    with FakeCluster() as cluster:
         asyncio.run(scenario(cluster))
 
 

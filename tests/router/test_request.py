@@ -10,7 +10,7 @@ import pytest
 
 from splitserve.cluster.messages import Busy, Failed, FirstToken, Granted, Joined, SampleToken, Ticket
 from splitserve.cluster.sampling import SamplingParams
-from splitserve.router.attempt import Attempt
+from splitserve.router.attempt import Attempt, by_attempt
 from splitserve.router.detokenizer import Detokenizer, TokenTable
 from splitserve.router.fake_engine import LAYOUT
 from splitserve.router.policy import Placement
@@ -74,7 +74,7 @@ def test_without_a_token_all_samples_begin_again_together() -> None:
     request, attempt = granted(n=3)
     request.accept_token(token(1, 3))  # it came before its turn: prefill's first tokens are not there yet
     assert request.lose(DECODE) == [attempt]
-    (samples,) = attempt.remains()
+    (samples,) = by_attempt(attempt.samples)
     again = request.attempt(samples, PLACEMENT).reserve(LAYOUT, 1.0)
     assert (again.attempt, again.token_ids, again.params.n, again.output_tokens) == (2, [5, 6], 3, 0)
     assert again.params.prompt_logprobs == 0
@@ -90,7 +90,7 @@ def test_with_tokens_each_sample_that_has_not_ended_goes_on_by_itself() -> None:
     request.accept_token(token(0, 3))
     request.accept_token(SampleToken("r", 1, 1, 3, 9, "stop"))
     assert request.lose(DECODE) == [attempt]
-    reserves = [request.attempt(samples, PLACEMENT).reserve(LAYOUT, 1.0) for samples in attempt.remains()]
+    reserves = [request.attempt(samples, PLACEMENT).reserve(LAYOUT, 1.0) for samples in by_attempt(attempt.samples)]
     found = [(item.attempt, item.first_sample, item.token_ids, item.output_tokens, item.params.n) for item in reserves]
     assert found == [(2, 0, [5, 6, 67, 68], 2, 1), (3, 2, [5, 6, 67], 1, 1)]
     assert {item.params.prompt_logprobs for item in reserves} == {None}, "they are there already"
