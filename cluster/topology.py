@@ -106,8 +106,10 @@ class Router(_Section):
     )
     max_active: int = Field(default=1024, ge=1, le=1_000_000, description="requests in progress at once, in one router")
     default_deadline_s: Seconds = Field(default=600.0, description="deadline of a request that brings none, in seconds")
-    worker_timeout_s: Seconds = Field(
-        default=10.0, description="silence after which a worker counts as dead, in seconds"
+    worker_timeout_s: Seconds | None = Field(
+        default=None,
+        description="silence after which a worker counts as dead, in seconds; "
+        "if unset, 2.5 where all workers have GPUs, else 10: on a CPU a step may take seconds",
     )
     slo: Slo = Field(default=Slo(), description="latency objectives")
     node_resource: Resource = Field(default=None, description="Ray custom resource of the nodes that routers run on")
@@ -335,6 +337,12 @@ class Topology(_Section):
     @property
     def roles(self) -> tuple[Role, ...]:
         return ("colocated",) if self.colocated else ("prefill", "decode")
+
+    @property
+    def worker_timeout_s(self) -> float:
+        """Silence after which a worker counts as dead."""
+        on_gpus = all(self.pool(role).device == "cuda" for role in self.roles)
+        return self.router.worker_timeout_s or (2.5 if on_gpus else 10.0)
 
     @property
     def local_transport(self) -> Literal["cuda_ipc", "shm", "nccl", "tcp"]:

@@ -56,11 +56,12 @@ class Dispatcher:
         self,
         identity: str,
         settings: RouterSettings,
+        worker_timeout_s: float,
         keys: CurveKeys | None,
         new_detokenizer: Callable[[], Detokenizer],
     ) -> None:
         self.admission = Admission(settings.max_queue, settings.max_active)
-        self.engines = Engines(identity, keys, settings.worker_timeout_s, self._on_message, self._on_lost)
+        self.engines = Engines(identity, keys, worker_timeout_s, self._on_message, self._on_lost)
         self._identity = identity
         self._policy = settings.policy
         self._new_detokenizer = new_detokenizer

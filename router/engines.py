@@ -134,7 +134,7 @@ class Engines:
         """Send heartbeats, and notice silence."""
         while True:
             await engine.channel.send(Heartbeat(self._identity))
-            await asyncio.sleep(min(HEARTBEAT_S, self._timeout_s / 4))
+            await asyncio.sleep(min(HEARTBEAT_S, self._timeout_s / 6))
             silent_s = time.monotonic() - engine.last_seen
             if engine.ready and silent_s > self._timeout_s:
                 self._lose(engine, f"silent for {silent_s:.1f} s")

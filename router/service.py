@@ -49,7 +49,7 @@ class RouterService:
         tokenizer = Tokenizer.load(model_folder)
         identity = f"router-{index}-{secrets.token_hex(4)}"
         validator = Validator(topology.model.served_name, tokenizer, topology.model.context)
-        self.dispatcher = Dispatcher(identity, topology.router, keys, tokenizer.detokenizer)
+        self.dispatcher = Dispatcher(identity, topology.router, topology.worker_timeout_s, keys, tokenizer.detokenizer)
         self._service = SplitServe(validator, self.dispatcher, topology.router.default_deadline_s, self._status)
         self._health = health.aio.HealthServicer()
 
