@@ -1,5 +1,5 @@
 # The commands that people and CI share. `make demo` and `make test` set everything up by themselves.
-.PHONY: setup check test demo bench gpu-test gpu-bench proto
+.PHONY: setup check test demo bench chaos gpu-test gpu-bench proto
 SHELL := /bin/bash
 export MKL_CBWR := AVX2
 BIN := .venv/bin
@@ -24,6 +24,9 @@ demo: setup # or: make demo MODEL=tiny-moe
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+chaos: setup # kills and freezes workers of a real CPU cluster; or: make chaos REQUESTS=96
+	$(BIN)/python -m benchmarks.chaos --requests $(or $(REQUESTS),800)
 
 gpu-test: # on a GPU host, from a bare checkout
 	PYTHONPATH=.:$(PYTHONPATH) python3 -m pytest -m gpu tests
