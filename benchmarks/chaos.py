@@ -4,7 +4,8 @@
 
 A cluster of two routers, two prefill and two decode workers runs the tiny mixture of experts. Requests come one after
 another, 16 at a time, greedy and sampled; in the middle of them the plan strikes, at a random moment. Each answer is
-compared with what the same request gets undisturbed. The peer's figures are another system's, published, for 800 requests.
+compared with what the same request gets undisturbed. The peer's figures are another system's, published, for 800
+requests.
 """
 
 from __future__ import annotations
