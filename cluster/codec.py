@@ -124,6 +124,8 @@ def _exactly(kind: type) -> Check:
 def _float(raw: Any) -> float:
     if type(raw) not in (float, int):
         raise TypeError(f"expected float, found {type(raw).__name__}")
+    if raw != raw:  # NaN compares to nothing: a lease of it would never end
+        raise ValueError("expected a number, found nan")
     return float(raw)
 
 
