@@ -7,6 +7,7 @@ from typing import Literal
 
 from splitserve.cluster.codec import message
 
+MAX_TP = 1024
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -31,6 +32,8 @@ class KvLayout:
     def __post_init__(self) -> None:
         if min(self.tp, self.num_layers, self.num_kv_heads, self.head_dim, self.page_size) < 1:
             raise ValueError(f"every size of a KvLayout must be at least 1: {self}")
+        if self.tp > MAX_TP:
+            raise ValueError(f"tp={self.tp}: an engine has at most {MAX_TP} ranks")
         if not self.is_latent and self.num_kv_heads % self.tp and self.tp % self.num_kv_heads:
             raise ValueError(f"{self.num_kv_heads} KV heads do not divide over tp={self.tp}")
 

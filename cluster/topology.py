@@ -22,6 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from splitserve.cluster.layout import MAX_TP
 from splitserve.cluster.units import SIZE_PATTERN, parse_bytes
 
 Role = Literal["prefill", "decode", "colocated"]
@@ -140,7 +141,9 @@ class Router(_Section):
 class Layout(_Section):
     """How a replica's ranks share the model: `tp` times `dp` ranks."""
 
-    tp: int = Field(default=1, ge=1, le=1024, description="tensor parallel ranks of an engine; heads must divide by it")
+    tp: int = Field(
+        default=1, ge=1, le=MAX_TP, description="tensor parallel ranks of an engine; heads must divide by it"
+    )
     dp: int = Field(default=1, ge=1, le=1024, description="data parallel engines of a replica")
     ep: int = Field(
         default=1, ge=1, le=4096, description="expert parallel ranks: tp x dp for an MoE model, 1 for a dense one"
