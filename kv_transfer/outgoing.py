@@ -162,7 +162,10 @@ def _lane(
     frame_sizes: Callable[[RankEndpoint], FrameSizes],
 ) -> Lane:
     target = ticket.endpoints[piece.target_rank]
-    share = window_share(plan, piece, Window(target.window_offset, target.window_bytes))
+    window = Window(target.window_offset, target.window_bytes)
+    if not window.is_possible:
+        raise TransferFailed(f"window: found {window}; no staging area has that")
+    share = window_share(plan, piece, window)
     token_bytes = bytes_per_layer_token(source, piece.source_heads)
     sizes = frame_sizes(target)
     slots = share.slots(token_bytes, sizes)

@@ -14,6 +14,7 @@ from splitserve.cluster.layout import KvLayout
 from splitserve.kv_transfer.reshard import Piece
 
 ALIGNMENT = 64
+MAX_STAGING = 1 << 40
 SLOTS = 4
 
 
@@ -38,6 +39,11 @@ class Window:
     @property
     def end(self) -> int:
         return self.offset + self.size
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether some staging area could have it."""
+        return self.offset >= 0 and self.offset % ALIGNMENT == 0 and self.size >= 0 and self.end <= MAX_STAGING
 
     def overlaps(self, other: Window) -> bool:
         return self.offset < other.end and other.offset < self.end
