@@ -50,6 +50,12 @@ class Keys:
             raise self.error(key, "expected a token id or a list of token ids")
         return tuple(ids)
 
+    def strings(self, key: str) -> list[str]:
+        value = self.raw.get(key)
+        if type(value) is not list or not all(isinstance(text, str) for text in value):
+            raise self.error(key, "expected a list of strings")
+        return value
+
     def section(self, key: str) -> Keys:
         """The object under `key`, empty where there is none."""
         value = self.raw.get(key)

@@ -13,11 +13,13 @@ import numpy.typing as npt
 
 from splitserve.cluster.errors import ModelLoadError
 from splitserve.models.config import ModelConfig
+from splitserve.models.config_keys import Keys
 from splitserve.models.gguf_tokenizer import write_tokenizer
 from splitserve.models.parameters import Parameter, parameters
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 CHUNK_ELEMENTS = 1 << 22  # dequantised at once, 16 MiB
+MAX_ARRAY = 1 << 22  # elements of a metadata array; the longest ones list a vocabulary's merges
 
 TOP_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -53,16 +55,34 @@ def convert_gguf(source: Path, folder: Path) -> None:
         _write_safetensors(file, config, output)
 
 
+class _Reader(gguf.GGUFReader):  # type: ignore[misc]
+    """Believes no length before the bytes are there: gguf's own reads past the end, as often as a header says."""
+
+    def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: str | None = None) -> Any:
+        end = offset + np.dtype(dtype).itemsize * int(count)
+        if end > len(self.data):
+            raise ValueError(f"it has {len(self.data)} bytes and reads on to {end}")
+        return super()._get(offset, dtype, count, override_order)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if raw_type == gguf.GGUFValueType.ARRAY:
+            kind, length = int(self._get(orig_offs, np.uint32)[0]), int(self._get(orig_offs + 4, np.uint64)[0])
+            if kind == gguf.GGUFValueType.ARRAY or length > MAX_ARRAY:
+                raise ValueError(f"an array of {length} elements of type {kind}")
+        return super()._get_field_parts(orig_offs, raw_type)
+
+
 class GgufFile:
     """Metadata and tensors of a GGUF file by name."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            reader = gguf.GGUFReader(path)
+            reader = _Reader(path)
             self.fields = {name: field.contents() for name, field in reader.fields.items()}
         except (ValueError, IndexError, KeyError, OverflowError) as error:
             raise ModelLoadError(f"{path}: truncated or not GGUF ({error}); fetch it again") from error
+        self.keys = Keys(self.fields, str(path))
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.architecture = str(self.fields.get("general.architecture"))
         if self.architecture not in ARCHITECTURES:
@@ -78,18 +98,23 @@ class GgufFile:
             raise ModelLoadError(f"{self.path}: {name} is missing; fetch another conversion of this model")
         return self.fields[name]
 
+    def integer(self, key: str) -> int:
+        """Like `value`, for a whole number of at least 1."""
+        self.value(key)
+        return self.keys.integer(f"{self.architecture}.{key}")
+
     def optional(self, key: str, default: Any) -> Any:
         return self.fields.get(f"{self.architecture}.{key}", default)
 
 
 def hugging_face_config(file: GgufFile) -> dict[str, Any]:
     """The config.json that says the same as the file's metadata."""
-    heads, hidden = file.value("attention.head_count"), file.value("embedding_length")
+    heads, hidden = file.integer("attention.head_count"), file.integer("embedding_length")
     names = file.tensors
     raw = {
         "architectures": [ARCHITECTURES[file.architecture]],
         "model_type": file.architecture,
-        "vocab_size": len(file.fields.get("tokenizer.ggml.tokens", ())),
+        "vocab_size": len(file.keys.strings("tokenizer.ggml.tokens")),
         "hidden_size": hidden,
         "intermediate_size": file.value("feed_forward_length"),
         "num_hidden_layers": file.value("block_count"),
@@ -112,7 +137,7 @@ def hugging_face_config(file: GgufFile) -> dict[str, Any]:
 
 def _stop_tokens(file: GgufFile) -> list[int]:
     keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-    return sorted({file.fields[key] for key in keys if key in file.fields})
+    return sorted({token for key in keys for token in file.keys.token_ids(key)})
 
 
 def _rope_scaling(file: GgufFile) -> dict[str, Any] | None:
@@ -141,10 +166,12 @@ def gguf_name(name: str) -> str:
 
 def _write_safetensors(file: GgufFile, config: ModelConfig, output: BinaryIO) -> None:
     """The format: 8 bytes of header length, a JSON header padded with spaces, then all tensors end to end."""
-    listed, offset = list(parameters(config)), 0
+    listed: list[Parameter] = []
+    offset = 0
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for parameter in listed:
+    for parameter in parameters(config):  # metadata may promise any number: each is checked before the next is made
         _check(file, parameter)
+        listed.append(parameter)
         end = offset + 4 * parameter.numel
         header[parameter.name] = {"dtype": "F32", "shape": list(parameter.shape), "data_offsets": [offset, end]}
         offset = end
@@ -156,7 +183,7 @@ def _write_safetensors(file: GgufFile, config: ModelConfig, output: BinaryIO) ->
         order = _row_order(parameter, file.architecture, config)
         step = max(1, CHUNK_ELEMENTS * parameter.shape[0] // parameter.numel)
         for start in range(0, len(order), step):
-            rows = gguf.dequantize(tensor.data[order[start : start + step]], tensor.tensor_type)
+            rows = _dequantised(file, tensor, order[start : start + step])
             output.write(rows.astype("<f4", copy=False).tobytes())
 
 
@@ -166,6 +193,13 @@ def _check(file: GgufFile, parameter: Parameter) -> None:
         raise ModelLoadError(f"{file.path}: tensor {name} is missing; the file is incomplete")
     if (found := tuple(int(size) for size in reversed(file.tensors[name].shape))) != parameter.shape:
         raise ModelLoadError(f"{file.path}: {name}: found shape {found}; its metadata ask for {parameter.shape}")
+
+
+def _dequantised(file: GgufFile, tensor: gguf.ReaderTensor, rows: npt.NDArray[np.int64]) -> Any:
+    try:
+        return gguf.dequantize(tensor.data[rows], tensor.tensor_type)
+    except NotImplementedError as error:
+        raise ModelLoadError(f"{file.path}: {tensor.name}: found {tensor.tensor_type.name}; convert to F16") from error
 
 
 def _row_order(parameter: Parameter, architecture: str, config: ModelConfig) -> npt.NDArray[np.int64]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from splitserve.cluster.errors import ModelLoadError
+from splitserve.models.config_keys import Keys
 
 CONTROL, USER_DEFINED = 3, 4
 
@@ -48,9 +49,10 @@ def write_tokenizer(fields: Mapping[str, Any], folder: Path, source: str) -> Non
     Raises ModelLoadError, naming the key, for a kind of tokenizer that is not supported.
     """
     build_tokenizer(fields, source).save(str(folder / "tokenizer.json"))
-    tokens = fields["tokenizer.ggml.tokens"]
+    keys = Keys(fields, source)
+    tokens = keys.strings("tokenizer.ggml.tokens")
     special = {
-        name: tokens[fields[key]]
+        name: tokens[_token_id(keys, key, tokens)]
         for name, key in (
             ("bos_token", "tokenizer.ggml.bos_token_id"),
             ("eos_token", "tokenizer.ggml.eos_token_id"),
@@ -61,20 +63,33 @@ def write_tokenizer(fields: Mapping[str, Any], folder: Path, source: str) -> Non
     }
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
     if "tokenizer.chat_template" in fields:
+        if not isinstance(fields["tokenizer.chat_template"], str):
+            raise keys.error("tokenizer.chat_template", "expected a string")
         settings["chat_template"] = fields["tokenizer.chat_template"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), "utf-8")
 
 
 def build_tokenizer(fields: Mapping[str, Any], source: str) -> Tokenizer:
     """The tokenizer that `fields` describe; its special tokens are those marked as control tokens."""
-    kind, words = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
-    if kind != "gpt2":
-        raise ModelLoadError(f"{source}: tokenizer.ggml.model: found {kind!r}; expected gpt2")
-    if words not in PRE_TOKENIZERS:
-        supported = ", ".join(PRE_TOKENIZERS)
-        raise ModelLoadError(f"{source}: tokenizer.ggml.pre: found {words!r}; expected one of {supported}")
-    tokens = fields["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    keys, words = Keys(fields, source), fields.get("tokenizer.ggml.pre")
+    if fields.get("tokenizer.ggml.model") != "gpt2":
+        raise keys.error("tokenizer.ggml.model", "expected gpt2")
+    if not isinstance(words, str) or words not in PRE_TOKENIZERS:
+        raise keys.error("tokenizer.ggml.pre", f"expected one of {', '.join(PRE_TOKENIZERS)}")
+    tokens, kinds = keys.strings("tokenizer.ggml.tokens"), keys.token_ids("tokenizer.ggml.token_type")
+    if len(kinds) != len(tokens):
+        raise keys.error("tokenizer.ggml.token_type", f"expected {len(tokens)} numbers, one a token")
+    try:
+        return _build(keys, words, tokens, kinds)
+    except ModelLoadError:
+        raise
+    except Exception as error:  # the Rust library raises several unrelated types
+        raise ModelLoadError(f"{source}: tokenizer.ggml: not a tokenizer ({error}); fetch the file again") from error
+
+
+def _build(keys: Keys, words: str, tokens: list[str], kinds: Sequence[int]) -> Tokenizer:
+    halves = [merge.partition(" ") for merge in keys.strings("tokenizer.ggml.merges")]
+    merges = [(left, right) for left, _, right in halves]
     vocab = {token: index for index, token in enumerate(tokens)}
     # Llama 3 takes a word that is itself a token whole, whatever its merges would give.
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=words == "llama-bpe"))
@@ -82,10 +97,10 @@ def build_tokenizer(fields: Mapping[str, Any], source: str) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     if words == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    kinds = list(zip(tokens, fields["tokenizer.ggml.token_type"], strict=True))
-    tokenizer.add_special_tokens([_whole(token, True) for token, kind in kinds if kind == CONTROL])
-    tokenizer.add_tokens([_whole(token, False) for token, kind in kinds if kind == USER_DEFINED])
-    tokenizer.post_processor = _post_processor(fields, tokens)
+    kind_of = list(zip(tokens, kinds, strict=True))
+    tokenizer.add_special_tokens([_whole(token, True) for token, kind in kind_of if kind == CONTROL])
+    tokenizer.add_tokens([_whole(token, False) for token, kind in kind_of if kind == USER_DEFINED])
+    tokenizer.post_processor = _post_processor(keys, tokens)
     return tokenizer
 
 
@@ -93,8 +108,15 @@ def _whole(token: str, special: bool) -> AddedToken:
     return AddedToken(token, normalized=False, special=special)
 
 
-def _post_processor(fields: Mapping[str, Any], tokens: list[str]) -> processors.PostProcessor:
-    bos = fields.get("tokenizer.ggml.bos_token_id")
-    if bos is None or not fields.get("tokenizer.ggml.add_bos_token", False):
+def _token_id(keys: Keys, key: str, tokens: list[str]) -> int:
+    token_id = keys.integer(key, minimum=0)
+    if token_id >= len(tokens):
+        raise keys.error(key, f"there are {len(tokens)} tokens")
+    return token_id
+
+
+def _post_processor(keys: Keys, tokens: list[str]) -> processors.PostProcessor:
+    if not keys.has("tokenizer.ggml.bos_token_id") or not keys.raw.get("tokenizer.ggml.add_bos_token", False):
         return processors.ByteLevel(trim_offsets=False)
+    bos = _token_id(keys, "tokenizer.ggml.bos_token_id", tokens)
     return processors.TemplateProcessing(single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)])
