@@ -1,5 +1,5 @@
 # The commands that people and CI share. `make demo` and `make test` set everything up by themselves.
-.PHONY: setup check test demo bench chaos gpu-test gpu-bench proto
+.PHONY: setup check test demo bench chaos fuzz gpu-test gpu-bench proto
 SHELL := /bin/bash
 export MKL_CBWR := AVX2
 BIN := .venv/bin
@@ -18,6 +18,9 @@ check: setup
 
 test: setup
 	$(BIN)/pytest -m "not gpu"
+
+fuzz: setup # the fuzzers of tests/fuzz with new seeds, for half an hour
+	HYPOTHESIS_PROFILE=long $(BIN)/pytest --timeout 0 tests/fuzz
 
 demo: setup # or: make demo MODEL=tiny-moe
 	$(BIN)/splitserve demo $(or $(DEMO_$(MODEL)),$(error MODEL is smollm2 or tiny-moe, not $(MODEL)))
