@@ -14,7 +14,7 @@ from splitserve.kv_transfer.mover import Mark, Move
 from splitserve.kv_transfer.packing import bytes_per_layer_token
 from splitserve.kv_transfer.protocol import Incoming, KvFrame
 from splitserve.kv_transfer.reshard import Piece, reshard
-from splitserve.kv_transfer.staging import Window, window_share
+from splitserve.kv_transfer.staging import ALIGNMENT, Window, window_share
 
 
 class Share:
@@ -37,6 +37,7 @@ class Share:
             0 <= first < last <= len(self._landed)
             and self.piece.start_token <= start < stop <= self.piece.stop_token
             and self.window.offset <= frame.offset
+            and frame.offset % ALIGNMENT == 0
             and frame.offset + self.size(frame) <= self.window.end
         )
 
