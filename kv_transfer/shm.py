@@ -91,6 +91,8 @@ class ShmMapping:
             if status.st_uid != os.getuid():
                 raise TransferFailed(f"segment: {name} belongs to user {status.st_uid}")
             self.bytes = _map(file, status.st_size)
+        except (OSError, ValueError) as error:
+            raise TransferFailed(f"segment: {name} cannot be mapped ({error})") from error
         finally:
             os.close(file)
 
