@@ -37,6 +37,7 @@ class Validator:
             case "text":
                 token_ids = await self._encode_text(request.text)
             case "token_ids":
+                self._room(len(request.token_ids.ids))
                 token_ids = list(request.token_ids.ids)
                 self.tokenizer.check_ids("token_ids", token_ids)
             case _:
@@ -63,6 +64,10 @@ class Validator:
     def detokenize(self, request: pb.DetokenizeRequest) -> str:
         """Text of token ids."""
         self._check_model(request.model)
+        if len(request.token_ids) > self.context:
+            raise InvalidRequest(
+                "token_ids", f"{len(request.token_ids)} ids", f"give at most the context's {self.context}"
+            )
         return self.tokenizer.decode(request.token_ids)
 
     def _check_model(self, name: str) -> None:
@@ -78,11 +83,11 @@ class Validator:
     async def _encode_messages(self, messages: Sequence[pb.Message]) -> list[int]:
         if not messages:
             raise InvalidRequest("messages", [], "give at least one message")
+        length = sum(len(message.role) + len(message.content) for message in messages)
+        self._check_length("messages", length)
         for index, message in enumerate(messages):
             if not message.role:
                 raise InvalidRequest(f"messages[{index}].role", "", "give a role, such as user")
-        length = sum(len(message.content) for message in messages)
-        self._check_length("messages", length)
         conversation = [{"role": message.role, "content": message.content} for message in messages]
         return await _off_loop_if_long(self.tokenizer.encode_chat, conversation, length)
 
@@ -96,10 +101,7 @@ class Validator:
         params.validate(self.tokenizer.vocab_size)
         if not token_ids:
             raise InvalidRequest("prompt", "no tokens", "give at least one token")
-        room = self.context - len(token_ids)
-        if room < 1:
-            expected = f"the context holds {self.context}, the answer's included; shorten the prompt"
-            raise InvalidRequest("prompt", f"{len(token_ids)} tokens", expected)
+        room = self._room(len(token_ids))
         if params.max_tokens is not None and params.max_tokens > room:
             expected = f"after {len(token_ids)} prompt tokens the context of {self.context} has room for {room}"
             raise InvalidRequest("max_tokens", params.max_tokens, expected)
@@ -110,14 +112,21 @@ class Validator:
     ) -> list[Answered]:
         if answered and len(answered) != params.n:
             raise InvalidRequest("answered", f"{len(answered)} samples", f"give none, or all {params.n}")
-        room = min(self.context - len(token_ids), params.max_tokens or self.context)
+        room = min(self._room(len(token_ids)), params.max_tokens or self.context)
         for index, sample in enumerate(answered):
             field = f"answered[{index}].token_ids"
-            self.tokenizer.check_ids(field, sample.token_ids)
             if len(sample.token_ids) > room - (not sample.finish_reason):
                 expected = f"an answer that goes on has fewer than {room}"
                 raise InvalidRequest(field, f"{len(sample.token_ids)} tokens", expected)
+            self.tokenizer.check_ids(field, sample.token_ids)
         return [Answered(list(sample.token_ids), FINISH_REASONS.get(sample.finish_reason)) for sample in answered]
+
+    def _room(self, tokens: int) -> int:
+        """How many tokens an answer to a prompt of so many may have."""
+        if tokens >= self.context:
+            expected = f"the context holds {self.context}, the answer's included; shorten the prompt"
+            raise InvalidRequest("prompt", f"{tokens} tokens", expected)
+        return self.context - tokens
 
 
 def sampling_params(sampling: pb.Sampling) -> SamplingParams:
