@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from splitserve.cluster.errors import ModelLoadError
+from splitserve.cluster.json_file import read_object
 
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 READABLE = ("F32", "F16", "BF16")
@@ -70,14 +70,11 @@ class Checkpoint:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        match json.loads(path.read_text("utf-8")):
-            case {"weight_map": dict(weight_map)} if all(_is_file_name(file) for file in weight_map.values()):
-                return weight_map
-    except ValueError as error:
-        raise ModelLoadError(f"{path}: not JSON ({error}); fetch it again") from error
+    match read_object(path):
+        case {"weight_map": dict(weight_map)} if all(_is_file_name(file) for file in weight_map.values()):
+            return weight_map
     raise ModelLoadError(f"{path}: weight_map: expected an object of tensor names and file names")
 
 
 def _is_file_name(value: object) -> bool:
-    return isinstance(value, str) and value == Path(value).name
+    return isinstance(value, str) and value.isprintable() and len(value) < 200 and value == Path(value).name

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from importlib import metadata
 from pathlib import Path
 
 from splitserve.cluster.errors import ModelLoadError
+from splitserve.cluster.json_file import read_object
 from splitserve.models.cache import cached
 from splitserve.models.config import ModelConfig
 from splitserve.models.gguf_convert import convert_gguf
@@ -38,13 +38,7 @@ def resolve_model(path_or_name: str) -> Path:
 def load_model_config(path_or_name: str) -> ModelConfig:
     """The model's config. Raises ModelLoadError as `resolve_model` does, and naming the key that is wrong."""
     path = CONFIG_ONLY.get(path_or_name) or resolve_model(path_or_name) / "config.json"
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ModelLoadError(f"{path}: not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ModelLoadError(f"{path}: found {type(raw).__name__}; expected an object")
-    return ModelConfig.from_hf(raw, str(path))
+    return ModelConfig.from_hf(read_object(path), str(path))
 
 
 def _smollm2_gguf() -> Path:

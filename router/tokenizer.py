@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import tokenizers
 
 from splitserve.cluster.errors import InvalidRequest, ModelLoadError
+from splitserve.cluster.json_file import read_object
 from splitserve.router.chat_template import ChatTemplate, Conversation
 from splitserve.router.detokenizer import Detokenizer, TokenTable
 
@@ -40,6 +40,10 @@ class Tokenizer:
             raise ModelLoadError(f"{path}: not a tokenizer: {error}") from error
         settings = read_json(folder / "tokenizer_config.json")
         vocab_size = read_json(folder / "config.json").get("vocab_size", fast.get_vocab_size(with_added_tokens=True))
+        if type(vocab_size) is not int or vocab_size < 1:
+            raise ModelLoadError(
+                f"{folder}: config.json: vocab_size: found {vocab_size!r:.80}; expected a number above 0"
+            )
         return cls(fast, ChatTemplate.load(folder, settings), vocab_size)
 
     def encode(self, text: str) -> list[int]:
@@ -72,12 +76,4 @@ class Tokenizer:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`, {} if there is no such file. Raises ModelLoadError naming the file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ModelLoadError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelLoadError(f"{path}: found {type(content).__name__}; expected an object")
-    return content
+    return read_object(path) if path.is_file() else {}
