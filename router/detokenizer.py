@@ -34,7 +34,10 @@ class TokenTable(dict[int, bytes]):
         self._byte_fallback = False
         self._replace: dict[str, str] = {}
         self.strip_left = 0
-        decoder = json.loads(fast.to_str())["decoder"] or {"type": "none"}
+        # Not by `to_str`: that lists all ids up to the largest, and ends the process where there is no memory for them.
+        decoder: dict[str, Any] = {"type": "none"}
+        if fast.decoder is not None:
+            decoder = json.loads(fast.decoder.__getstate__())
         for step in decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]:
             self._add_step(step)
 
