@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -96,7 +95,7 @@ def check_prompt(token_ids: Sequence[int], max_model_len: int, vocab_size: int) 
 def _between(name: str, value: float | None, low: float, high: float, *, above: bool = False) -> None:
     if value is None:
         return
-    if not math.isfinite(value) or value > high or (value <= low if above else value < low):
+    if not (low < value <= high if above else low <= value <= high):  # NaN is in no range
         raise InvalidRequest(name, value, f"give a value {'above' if above else 'from'} {low:g} to {high:g}")
 
 

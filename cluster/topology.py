@@ -95,10 +95,13 @@ class Slo(_Section):
 
 
 class Router(_Section):
-    """The front: takes requests over gRPC, places them and streams their tokens."""
+    """The front: takes requests over gRPC and HTTP, places them and streams their tokens."""
 
     grpc: str = Field(default="127.0.0.1:50061", description="host:port of router 0; router i listens on port + i")
-    replicas: int = Field(default=1, ge=1, le=64, description="number of routers")
+    http: str | None = Field(
+        default=None, description="the same for OpenAI's HTTP API, such as 127.0.0.1:8000; none if unset"
+    )
+    replicas: int = Field(default=1, ge=1, le=64, validate_default=True, description="number of routers")
     policy: Literal["round_robin", "least_load"] = Field(
         default="least_load", description="how engines are picked: in turn, or the least loaded"
     )
@@ -115,9 +118,11 @@ class Router(_Section):
     slo: Slo = Field(default=Slo(), description="latency objectives")
     node_resource: Resource = Field(default=None, description="Ray custom resource of the nodes that routers run on")
 
-    @field_validator("grpc")
+    @field_validator("grpc", "http")
     @classmethod
-    def _host_and_port(cls, value: str) -> str:
+    def _host_and_port(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
         host, separator, port = value.rpartition(":")
         if not separator or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
             raise ValueError("expected host:port with a port from 1 to 65535, such as 127.0.0.1:50061")
@@ -127,15 +132,21 @@ class Router(_Section):
     @field_validator("replicas")
     @classmethod
     def _ports_left(cls, value: int, info: ValidationInfo) -> int:
-        port = int(info.data.get("grpc", ":0").rpartition(":")[2])
-        if port + value - 1 > 65535:
-            raise ValueError(f"ports {port} to {port + value - 1} would pass 65535; lower the port or the replicas")
+        ports = [int(address.rpartition(":")[2]) for field in ("grpc", "http") if (address := info.data.get(field))]
+        for port in ports:
+            if port + value - 1 > 65535:
+                raise ValueError(f"ports {port} to {port + value - 1} would pass 65535; lower the port or the replicas")
+        if len(ports) == 2 and abs(ports[0] - ports[1]) < value:
+            raise ValueError(f"{value} ports from {ports[0]} and from {ports[1]} on overlap; move grpc or http")
         return value
 
     def grpc_address(self, index: int) -> str:
-        """host:port that router `index` listens on."""
-        host, _, port = self.grpc.rpartition(":")
-        return f"{host}:{int(port) + index}"
+        """host:port that router `index` takes gRPC on."""
+        return _with_port_added(self.grpc, index)
+
+    def http_address(self, index: int) -> str | None:
+        """host:port that router `index` takes HTTP on, if it does."""
+        return None if self.http is None else _with_port_added(self.http, index)
 
 
 class Layout(_Section):
@@ -314,6 +325,14 @@ class Topology(_Section):
         decode = raw.get("decode", {})
         return raw | {"decode": {"chunk_tokens": DEFAULT_CHUNK_TOKENS} | decode} if isinstance(decode, dict) else raw
 
+    @field_validator("security")
+    @classmethod
+    def _no_plain_text_beside_tls(cls, value: Security, info: ValidationInfo) -> Security:
+        router = info.data.get("router")
+        if value.tls is not None and router is not None and router.http is not None:
+            raise ValueError("expected no tls where router.http is set: HTTP is plain text only")
+        return value
+
     @field_validator("prefill")
     @classmethod
     def _prefill_unless_colocated(cls, value: PrefillPool | None, info: ValidationInfo) -> PrefillPool | None:
@@ -385,6 +404,11 @@ class Topology(_Section):
         if role not in self.roles:
             raise KeyError(role)
         return self.prefill if role == "prefill" and self.prefill is not None else self.decode
+
+
+def _with_port_added(address: str, index: int) -> str:
+    host, _, port = address.rpartition(":")
+    return f"{host}:{int(port) + index}"
 
 
 def _refuse_wildcard(host: str) -> None:

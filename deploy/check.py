@@ -17,7 +17,8 @@ def render_plan(plan: Plan) -> str:
     topology = plan.topology
     model, router = topology.model, topology.router
     per_token = plan.model.kv_bytes_per_token(model.dtype)
-    grpc = ", ".join(router.grpc_address(index) for index in range(router.replicas))
+    places = [router.grpc_address(index) for index in range(router.replicas)]
+    places += [f"http://{http}" for index in range(router.replicas) if (http := router.http_address(index))]
     size = f"{plan.parameters / 1e9:.1f}B" if plan.parameters >= 1e9 else f"{plan.parameters / 1e6:.1f}M"
     return "\n".join(
         [
@@ -28,7 +29,7 @@ def render_plan(plan: Plan) -> str:
             "",
             *_table([("host", "ranks", "devices"), *_places(plan)]),
             "",
-            f"router       {grpc}",
+            f"router       {', '.join(places)}",
             f"KV transfer  {_transports(plan)}",
             f"needs        {_count(plan.cpus, 'CPU')} and {_count(plan.gpus, 'GPU')} on {_count(plan.hosts, 'host')}",
         ]

@@ -25,19 +25,21 @@ REMEDY = "add hosts, or ask for fewer ranks or threads"
 def check_ports(router: Router) -> None:
     """Raise StartupError naming the first router address of this host that cannot be listened on."""
     for index in range(router.replicas):
-        host, _, port = router.grpc_address(index).rpartition(":")
-        _check_port(host.strip("[]"), int(port))
+        _check_port("router.grpc", router.grpc_address(index))
+        if (http := router.http_address(index)) is not None:
+            _check_port("router.http", http)
 
 
-def _check_port(host: str, port: int) -> None:
+def _check_port(field: str, address: str) -> None:
+    host, _, port = address.rpartition(":")
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, _, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+            probe.bind(place)
     except OSError as error:
         remedy = "end what listens there, or name another address"
-        raise StartupError(f"router.grpc: cannot listen on {host}:{port}: {error.strerror}; {remedy}") from error
+        raise StartupError(f"{field}: cannot listen on {address}: {error.strerror}; {remedy}") from error
 
 
 def check_address(address: str) -> None:

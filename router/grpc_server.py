@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError, Message
 from splitserve.cluster.errors import InvalidRequest, Overloaded, SplitserveError
 from splitserve.cluster.messages import TokenLogprobs
 from splitserve.cluster.sampling import SamplingParams
+from splitserve.router.chat_template import Conversation
 from splitserve.router.dispatcher import Dispatcher
 from splitserve.router.output_buffer import Answered, Delta
 from splitserve.router.request import Chunk, Summary
@@ -25,6 +26,7 @@ FINISH_REASONS = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
 }
+ANSWERED_REASONS: dict[int, Literal["stop", "length"]] = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
 
 Context = grpc.aio.ServicerContext[bytes, Message]
 M = TypeVar("M", bound=Message)
@@ -60,14 +62,28 @@ class SplitServe:
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
     async def _generate(self, request: pb.GenerateRequest, context: Context) -> None:
-        await self._stream(*await self._validator.generate(request), context)
+        self._validator.check_model(request.model)
+        match request.WhichOneof("prompt"):
+            case "text":
+                token_ids = await self._validator.encode("text", request.text)
+            case "token_ids":
+                token_ids = await self._validator.encode("token_ids", request.token_ids.ids)
+            case _:
+                raise InvalidRequest("prompt", None, "give text or token_ids")
+        await self._stream(token_ids, request, context)
 
     async def _chat(self, request: pb.ChatRequest, context: Context) -> None:
-        await self._stream(*await self._validator.chat(request), context)
+        self._validator.check_model(request.model)
+        token_ids = await self._validator.encode_chat(_conversation(request.messages))
+        await self._stream(token_ids, request, context)
 
     async def _stream(
-        self, token_ids: list[int], params: SamplingParams, answered: list[Answered], context: Context
+        self, token_ids: list[int], request: pb.GenerateRequest | pb.ChatRequest, context: Context
     ) -> None:
+        params, answered = _sampling_params(request.sampling), [_answered(sample) for sample in request.answered]
+        self._validator.check_params(token_ids, params)
+        self._validator.check_answered(answered, token_ids, params)
+
         async def write(chunk: Chunk) -> None:
             await context.write(_response(chunk))
 
@@ -77,10 +93,19 @@ class SplitServe:
         await context.write(pb.GenerateResponse(request_id=summary.request_id, summary=_summary(summary)))
 
     async def _tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
-        return pb.TokenizeResponse(token_ids=await self._validator.tokenize(request))
+        self._validator.check_model(request.model)
+        match request.WhichOneof("input"):
+            case "text":
+                token_ids = await self._validator.encode("text", request.text)
+            case "conversation":
+                token_ids = await self._validator.encode_chat(_conversation(request.conversation.messages))
+            case _:
+                raise InvalidRequest("input", None, "give text or a conversation")
+        return pb.TokenizeResponse(token_ids=token_ids)
 
     async def _detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
-        return pb.DetokenizeResponse(text=self._validator.detokenize(request))
+        self._validator.check_model(request.model)
+        return pb.DetokenizeResponse(text=self._validator.decode(request.token_ids))
 
     async def _list_models(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         known = self._validator
@@ -113,6 +138,26 @@ def _parse(request_type: type[M], data: bytes) -> M:
     except DecodeError as error:
         name = request_type.DESCRIPTOR.name
         raise InvalidRequest("request", data[:40], f"send a {name} whose strings are all valid UTF-8") from error
+
+
+def _conversation(messages: Sequence[pb.Message]) -> Conversation:
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def _answered(sample: pb.Answered) -> Answered:
+    return Answered(list(sample.token_ids), ANSWERED_REASONS.get(sample.finish_reason))
+
+
+def _sampling_params(sampling: pb.Sampling) -> SamplingParams:
+    """Sampling parameters with the defaults of SamplingParams for what is not set. They are not validated yet."""
+    return SamplingParams(**{field.name: _plain(value) for field, value in sampling.ListFields()})
+
+
+def _plain(value: Any) -> Any:
+    """The Python value of a protobuf field: maps as dict, repeated fields as tuple."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value if isinstance(value, int | float) else tuple(value)
 
 
 def _serialize(message: Message) -> bytes:

@@ -22,6 +22,8 @@ def test_name_and_model_path_suffice() -> None:
     assert isinstance(built.pool("decode"), DecodePool)
     assert built.model.served_name == "some-model"
     assert built.router.grpc_address(2) == "127.0.0.1:50063"
+    assert built.router.http_address(2) is None
+    assert topology(router={"http": "[::1]:8000"}).router.http_address(2) == "[::1]:8002"
     with pytest.raises(KeyError):
         built.pool("colocated")
 
@@ -63,6 +65,16 @@ def test_models_are_frozen() -> None:
         ({"router": {"grpc": "[::]:50061"}}, "router.grpc", "not every interface"),
         ({"router": {"grpc": ":50061"}}, "router.grpc", "not every interface"),
         ({"router": {"grpc": "127.0.0.1:65535", "replicas": 2}}, "router.replicas", "65536"),
+        ({"router": {"http": "127.0.0.1"}}, "router.http", "host:port"),
+        ({"router": {"http": "0.0.0.0:8000"}}, "router.http", "not every interface"),
+        ({"router": {"http": "127.0.0.1:65535", "replicas": 2}}, "router.replicas", "65536"),
+        ({"router": {"http": "127.0.0.1:50061"}}, "router.replicas", "overlap; move grpc or http"),
+        ({"router": {"http": "127.0.0.1:50060", "replicas": 2}}, "router.replicas", "overlap; move grpc or http"),
+        (
+            {"router": {"http": "127.0.0.1:8000"}, "security": {"tls": {"cert": "a.pem", "key": "b.pem"}}},
+            "security",
+            "expected no tls where router.http is set",
+        ),
         ({"router": {"slo": {"ttft_s": float("inf")}}}, "router.slo.ttft_s", "finite"),
         ({"security": {"bind": "*"}}, "security.bind", "not every interface"),
         ({"security": {"tls": {"cert": "a.pem"}}}, "security.tls.key", "required"),

@@ -78,6 +78,9 @@ def test_the_port_of_a_second_router_is_checked_too(tmp_path: Path, tiny_model: 
         router = Router(grpc=f"127.0.0.1:{port}", replicas=2)
         with pytest.raises(StartupError, match=f"cannot listen on 127.0.0.1:{port + 1}"):
             preflight.check_ports(router)
+        http = Router(grpc=f"127.0.0.1:{port}", http=f"127.0.0.1:{port + 1}")
+        with pytest.raises(StartupError, match=rf"router\.http: cannot listen on 127.0.0.1:{port + 1}"):
+            preflight.check_ports(http)
 
 
 def test_too_many_threads_are_told(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path) -> None:
