@@ -1,4 +1,4 @@
-"""One router process: tokenizer, dispatcher and gRPC server, wired from the topology."""
+"""One router process: tokenizer, dispatcher, gRPC and HTTP server, wired from the topology."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from splitserve.cluster.topology import Topology
 from splitserve.router.dispatcher import Dispatcher
 from splitserve.router.engines import Engine
 from splitserve.router.grpc_server import SERVICE, SplitServe
+from splitserve.router.http_api import HttpApi
+from splitserve.router.http_server import HttpServer
 from splitserve.router.tokenizer import Tokenizer
 from splitserve.router.v1 import splitserve_pb2 as pb
 from splitserve.router.validate import Validator
@@ -43,6 +45,7 @@ class RouterService:
     ) -> None:
         self._topology = topology
         self.address = topology.router.grpc_address(index)
+        self.http_address = topology.router.http_address(index)
         self._started_at = time.monotonic()
         self._members: tuple[Member, ...] = ()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -50,16 +53,23 @@ class RouterService:
         identity = f"router-{index}-{secrets.token_hex(4)}"
         validator = Validator(topology.model.served_name, tokenizer, topology.model.context)
         self.dispatcher = Dispatcher(identity, topology.router, topology.worker_timeout_s, keys, tokenizer.detokenizer)
-        self._service = SplitServe(validator, self.dispatcher, topology.router.default_deadline_s, self._status)
+        deadline_s = topology.router.default_deadline_s
+        self._service = SplitServe(validator, self.dispatcher, deadline_s, self._status)
+        self._http: HttpServer | None = None
+        if self.http_address is not None:
+            app = HttpApi(validator, self.dispatcher, deadline_s, topology.roles).app()
+            self._http = HttpServer(app, self.http_address)
         self._health = health.aio.HealthServicer()
 
     async def start(self) -> str:
-        """Listen, and return host:port. Raises StartupError when the address cannot be had."""
+        """Listen, and return gRPC's host:port. Raises StartupError when an address cannot be had."""
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         self._server.add_generic_rpc_handlers((self._service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self._listen()
+        if self._http is not None:
+            self._http.start()
         await self._server.start()
         self._loop = asyncio.get_running_loop()
         self.dispatcher.engines.set_members(self._members)
@@ -78,7 +88,7 @@ class RouterService:
         with contextlib.suppress(asyncio.CancelledError):
             await self._health_task
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(GRACE_S)
+        await asyncio.gather(self._server.stop(GRACE_S), *([self._http.stop()] if self._http else []))
         await self.dispatcher.engines.close()
 
     def _listen(self) -> None:

@@ -63,6 +63,10 @@ class Tokenizer:
         detokenizer = self.detokenizer()
         return "".join(map(detokenizer.push, token_ids)) + detokenizer.finish()
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text; of a special token, which adds nothing, its name."""
+        return self._table[token_id] or (self._fast.id_to_token(token_id) or "").encode()
+
     def detokenizer(self) -> Detokenizer:
         """A fresh incremental decoder."""
         return Detokenizer(self._table)

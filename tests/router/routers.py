@@ -53,7 +53,7 @@ def topology(*, colocated: bool = False, **router: Any) -> Topology:
             "name": "test",
             "model": {"path": "anywhere", "name": MODEL, "context": CONTEXT},
             "colocated": colocated,
-            "router": {"grpc": f"127.0.0.1:{free_port()}", **router},
+            "router": {"grpc": f"127.0.0.1:{free_port()}", "http": f"127.0.0.1:{free_port()}", **router},
         }
     )
 

@@ -1,0 +1,159 @@
+"""The HTTP surface: OpenAI's API, over the dispatcher that gRPC uses too."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive
+
+from splitserve.cluster.errors import InvalidRequest, SplitserveError, WorkerUnavailable
+from splitserve.cluster.topology import Role
+from splitserve.router import openai_requests
+from splitserve.router.dispatcher import Dispatcher
+from splitserve.router.http_body import read_json
+from splitserve.router.http_errors import json_response, on_fault, on_http_exception, on_splitserve_error
+from splitserve.router.http_stream import EventStream, Write, until_client_leaves
+from splitserve.router.openai_requests import Call
+from splitserve.router.openai_responses import Answer, ChatAnswer, CompletionAnswer, Json
+from splitserve.router.request import Chunk, Summary
+from splitserve.router.validate import Validator
+
+DEADLINE = "x-request-timeout"  # header: a request's deadline in seconds
+MAX_DEADLINE_S = 86400.0
+
+WriteChunk = Callable[[int, Chunk], Awaitable[None]]
+Serve = Callable[[WriteChunk], Awaitable[list[Summary]]]
+
+
+class HttpApi:
+    """The endpoints. `roles` are those of the cluster's pools."""
+
+    def __init__(
+        self, validator: Validator, dispatcher: Dispatcher, default_deadline_s: float, roles: Sequence[Role]
+    ) -> None:
+        self._validator = validator
+        self._dispatcher = dispatcher
+        self._default_deadline_s = default_deadline_s
+        self._roles = roles
+        self._created = int(time.time())
+
+    def app(self) -> Starlette:
+        """All routes, and how errors are answered."""
+        return Starlette(
+            routes=[
+                Route("/v1/completions", self._complete, methods=["POST"]),
+                Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/models", self._models),
+                Route("/v1/models/{name:path}", self._model),
+                Route("/tokenize", self._tokenize, methods=["POST"]),
+                Route("/detokenize", self._detokenize, methods=["POST"]),
+                Route("/health", self._health),
+            ],
+            exception_handlers={
+                SplitserveError: on_splitserve_error,
+                HTTPException: on_http_exception,
+                Exception: on_fault,
+            },
+        )
+
+    async def _complete(self, request: Request) -> Response:
+        call = await openai_requests.completion(await read_json(request), self._validator)
+        return await self._answer(request, call, CompletionAnswer)
+
+    async def _chat(self, request: Request) -> Response:
+        call = await openai_requests.chat(await read_json(request), self._validator)
+        return await self._answer(request, call, ChatAnswer)
+
+    async def _answer(self, request: Request, call: Call, answer_type: type[Answer]) -> Response:
+        answer = answer_type(call, self._validator.model, self._validator.tokenizer)
+        serve = partial(self._serve, call, self._deadline_s(request), request.receive)
+        if call.stream:
+            return EventStream(partial(_stream, answer, serve))
+
+        async def gather(prompt: int, chunk: Chunk) -> None:
+            answer.accept(prompt, chunk)
+
+        return json_response(answer.whole(await serve(gather)))
+
+    async def _serve(self, call: Call, deadline_s: float, receive: Receive, write: WriteChunk) -> list[Summary]:
+        """Serve a call's prompts side by side. All end when one fails or when the client leaves."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                watching = group.create_task(until_client_leaves(receive))
+                serving = [
+                    group.create_task(
+                        self._dispatcher.serve(prompt.token_ids, prompt.params, deadline_s, partial(write, index))
+                    )
+                    for index, prompt in enumerate(call.prompts)
+                ]
+                summaries = [await task for task in serving]
+                watching.cancel()
+            return summaries
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        except asyncio.CancelledError:
+            raise WorkerUnavailable("this router is going down; send the request again") from None
+
+    def _deadline_s(self, request: Request) -> float:
+        text = request.headers.get(DEADLINE)
+        if text is None:
+            return self._default_deadline_s
+        with contextlib.suppress(ValueError):
+            if 0 < (deadline_s := float(text)) <= MAX_DEADLINE_S:
+                return deadline_s
+        raise InvalidRequest(DEADLINE, text, f"give seconds, above 0 to {MAX_DEADLINE_S:g}")
+
+    async def _models(self, request: Request) -> Response:
+        return json_response({"object": "list", "data": [self._model_object()]})
+
+    async def _model(self, request: Request) -> Response:
+        self._validator.check_model(request.path_params["name"])
+        return json_response(self._model_object())
+
+    def _model_object(self) -> Json:
+        known = self._validator
+        return {
+            "id": known.model,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "splitserve",
+            "max_model_len": known.context,
+        }
+
+    async def _tokenize(self, request: Request) -> Response:
+        token_ids = await openai_requests.tokenize(await read_json(request), self._validator)
+        context = self._validator.context
+        return json_response({"tokens": token_ids, "count": len(token_ids), "max_model_len": context})
+
+    async def _detokenize(self, request: Request) -> Response:
+        return json_response({"prompt": openai_requests.detokenize(await read_json(request), self._validator)})
+
+    async def _health(self, request: Request) -> Response:
+        """200 where a request could be placed, else 503 with the reason."""
+        engines = [(engine.member.role, engine.ready) for engine in self._dispatcher.engines]
+        pools = {
+            role: {"engines": sum(one == role for one, _ in engines), "ready": engines.count((role, True))}
+            for role in self._roles
+        }
+        missing = [role for role, pool in pools.items() if not pool["ready"]]
+        if not missing:
+            return json_response({"status": "ready", "pools": pools})
+        reason = f"no {' and no '.join(missing)} worker is ready"
+        return json_response({"status": "unavailable", "reason": reason, "pools": pools}, 503)
+
+
+async def _stream(answer: Answer, serve: Serve, write: Write) -> bytes:
+    async def write_events(prompt: int, chunk: Chunk) -> None:
+        if events := answer.events(prompt, chunk):
+            await write(events)
+
+    return answer.last_events(await serve(write_events))

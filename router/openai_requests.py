@@ -1,0 +1,135 @@
+"""From OpenAI's JSON bodies to checked calls: prompts as token ids, and what is to be sampled behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from splitserve.cluster.errors import InvalidRequest
+from splitserve.cluster.sampling import SamplingParams
+from splitserve.router.chat_template import Conversation
+from splitserve.router.openai_bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse, text_of
+from splitserve.router.validate import Validator
+
+COMPLETION_TOKENS = 16  # OpenAI's default where a completion names no max_tokens
+MAX_PROMPTS = 256  # of one request
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One of a call's prompts. `text` is what stands before its answer where the call asks for `echo`."""
+
+    token_ids: list[int]
+    params: SamplingParams
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A checked call: its prompts are answered side by side. `answered` is False where only the echo is wanted."""
+
+    prompts: list[Prompt]
+    stream: bool
+    include_usage: bool
+    echo: bool = False
+    answered: bool = True
+
+
+async def completion(raw: dict[str, Any], validator: Validator) -> Call:
+    """A call of /v1/completions."""
+    body = parse(CompletionBody, raw)
+    validator.check_model(body.model)
+    if body.best_of not in (None, body.n):
+        raise InvalidRequest("best_of", body.best_of, f"leave it out, or give n, {body.n}")
+    answered = not (body.echo and body.max_tokens == 0)
+    params = body.sampling_params(body.logprobs)
+    if body.echo:
+        params = replace(params, prompt_logprobs=body.logprobs)
+    prompts = []
+    for field, prompt in _prompts(body.prompt):
+        token_ids = await validator.encode(field, prompt)
+        room = validator.room(token_ids)
+        limit = min(COMPLETION_TOKENS, room) if body.max_tokens is None else body.max_tokens
+        fitted = replace(params, max_tokens=limit if answered else 1)
+        validator.check_params(token_ids, fitted)
+        text = (prompt if isinstance(prompt, str) else validator.tokenizer.decode(token_ids)) if body.echo else ""
+        prompts.append(Prompt(token_ids, fitted, text))
+    return Call(prompts, body.stream, body.include_usage, body.echo, answered)
+
+
+async def chat(raw: dict[str, Any], validator: Validator) -> Call:
+    """A call of /v1/chat/completions."""
+    body = parse(ChatBody, raw)
+    validator.check_model(body.model)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidRequest("top_logprobs", body.top_logprobs, "give it with logprobs: true only")
+    params = body.sampling_params((body.top_logprobs or 0) if body.logprobs else None)
+    if body.max_completion_tokens is not None:
+        params = replace(params, max_tokens=body.max_completion_tokens)
+    token_ids = await validator.encode_chat(_conversation(body.messages))
+    validator.check_params(token_ids, params)
+    return Call([Prompt(token_ids, params)], body.stream, body.include_usage)
+
+
+async def tokenize(raw: dict[str, Any], validator: Validator) -> list[int]:
+    """Token ids of a text or of a conversation."""
+    body = parse(TokenizeBody, raw)
+    validator.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequest("prompt", body.prompt, "give prompt or messages")
+    if body.messages is not None:
+        return await validator.encode_chat(_conversation(body.messages))
+    return await validator.encode("prompt", text_of("prompt", body.prompt))
+
+
+def detokenize(raw: dict[str, Any], validator: Validator) -> str:
+    """Text of token ids."""
+    body = parse(DetokenizeBody, raw)
+    validator.check_model(body.model)
+    return validator.tokenizer.decode(body.tokens)
+
+
+def _prompts(prompt: Any) -> list[tuple[str, str | Sequence[int]]]:
+    """Field and content of each prompt: one or several, as texts or token ids."""
+    if isinstance(prompt, str):
+        return [("prompt", text_of("prompt", prompt))]
+    if not isinstance(prompt, list) or not prompt:
+        raise InvalidRequest("prompt", prompt, "give a text, token ids, or a list of either")
+    if type(prompt[0]) is int:
+        return [("prompt", _ids("prompt", prompt))]
+    if len(prompt) > MAX_PROMPTS:
+        raise InvalidRequest("prompt", f"{len(prompt)} prompts", f"give at most {MAX_PROMPTS}")
+    named = [(f"prompt[{index}]", one) for index, one in enumerate(prompt)]
+    return [(field, text_of(field, one) if isinstance(one, str) else _ids(field, one)) for field, one in named]
+
+
+def _ids(field: str, ids: Any) -> Sequence[int]:
+    if not isinstance(ids, list) or any(type(token) is not int for token in ids):
+        raise InvalidRequest(field, ids, "give a text or a list of token ids")
+    return ids
+
+
+def _conversation(messages: list[Any]) -> Conversation:
+    return [_message(f"messages[{index}]", message) for index, message in enumerate(messages)]
+
+
+def _message(field: str, message: Any) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise InvalidRequest(field, message, "give an object with role and content")
+    for name, value in message.items():
+        if name not in ("role", "content", "name") and value not in (None, []):
+            raise InvalidRequest(f"{field}.{name}", value, "this cluster does not support it yet; leave it out")
+    role = text_of(f"{field}.role", message.get("role"))
+    if role in ("tool", "function"):
+        raise InvalidRequest(f"{field}.role", role, "this cluster does not support tools yet")
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(_part(f"{field}.content[{index}]", part) for index, part in enumerate(content))
+    return {"role": "system" if role == "developer" else role, "content": text_of(f"{field}.content", content)}
+
+
+def _part(field: str, part: Any) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text":
+        raise InvalidRequest(field, part, 'give text parts only: {"type": "text", "text": ...}')
+    return text_of(f"{field}.text", part.get("text"))

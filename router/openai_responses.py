@@ -1,0 +1,224 @@
+"""From a call's chunks to OpenAI's objects. Choices are numbered prompt by prompt: prompt * n + sample."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from splitserve.cluster.messages import TokenLogprobs
+from splitserve.router.detokenizer import Detokenizer
+from splitserve.router.openai_requests import Call
+from splitserve.router.output_buffer import Delta
+from splitserve.router.request import Chunk, Summary
+from splitserve.router.tokenizer import Tokenizer
+
+LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
+DONE = b"data: [DONE]\n\n"
+
+Json = dict[str, Any]
+
+
+@dataclass
+class _Part:
+    """What is new of one choice or, gathered, all of it. A prompt's first token has no logprobs."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
+    finish_reason: Literal["stop", "length"] | None
+    is_first: bool
+
+    def add(self, later: _Part) -> None:
+        self.text += later.text
+        self.token_ids += later.token_ids
+        self.logprobs += later.logprobs
+        self.finish_reason = later.finish_reason
+
+
+class Answer:
+    """The answer to one call as it grows. `accept` gathers it whole; `events` streams it."""
+
+    object_name: str
+    chunk_name: str
+    id_prefix: str
+
+    def __init__(self, call: Call, model: str, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._call = call
+        self._model = model
+        self._created = int(time.time())
+        self._id = ""
+        self._parts: dict[int, _Part] = {}
+        self._begun: set[int] = set()
+
+    def accept(self, prompt: int, chunk: Chunk) -> None:
+        """Take what is new of prompt number `prompt`."""
+        for index, part in self._new_parts(prompt, chunk):
+            if part.is_first:
+                self._parts[index] = part
+            else:
+                self._parts[index].add(part)
+
+    def whole(self, summaries: Sequence[Summary]) -> Json:
+        """All that was gathered."""
+        choices = [self.choice(index, part) for index, part in sorted(self._parts.items())]
+        return {**self._head(self.object_name), "choices": choices, "usage": self._usage(summaries)}
+
+    def events(self, prompt: int, chunk: Chunk) -> bytes:
+        """What is new of prompt number `prompt`, as server-sent events; nothing if no text is complete yet."""
+        usage: Json = {"usage": None} if self._call.include_usage else {}
+        return b"".join(
+            event({**self._head(self.chunk_name), "choices": [self.chunk_choice(index, part)], **usage})
+            for index, part in self._new_parts(prompt, chunk)
+            if part.text or part.logprobs or part.finish_reason
+        )
+
+    def last_events(self, summaries: Sequence[Summary]) -> bytes:
+        """The end of a stream."""
+        if not self._call.include_usage:
+            return DONE
+        return event({**self._head(self.chunk_name), "choices": [], "usage": self._usage(summaries)}) + DONE
+
+    def choice(self, index: int, part: _Part) -> Json:
+        """A whole choice."""
+        raise NotImplementedError
+
+    def chunk_choice(self, index: int, part: _Part) -> Json:
+        """A choice of a stream's event."""
+        raise NotImplementedError
+
+    def _new_parts(self, prompt: int, chunk: Chunk) -> list[tuple[int, _Part]]:
+        self._id = self._id or self.id_prefix + chunk.request_id
+        first_index = prompt * self._call.prompts[prompt].params.n
+        return [(first_index + delta.index, self._part(prompt, first_index, delta, chunk)) for delta in chunk.deltas]
+
+    def _part(self, prompt: int, first_index: int, delta: Delta, chunk: Chunk) -> _Part:
+        is_first = first_index + delta.index not in self._begun
+        self._begun.add(first_index + delta.index)
+        part = _Part(delta.text, delta.token_ids, [*delta.logprobs], delta.finish_reason, is_first)
+        if not self._call.answered:
+            part = _Part("", [], [], "length", is_first)
+        if is_first and self._call.echo:
+            asked, before = self._call.prompts[prompt], [None, *chunk.prompt_logprobs]
+            wanted = asked.params.prompt_logprobs is not None
+            echo = _Part(asked.text, [*asked.token_ids], before if wanted else [], None, True)
+            echo.add(part)
+            return echo
+        return part
+
+    def _head(self, name: str) -> Json:
+        return {"id": self._id, "object": name, "created": self._created, "model": self._model}
+
+    def _usage(self, summaries: Sequence[Summary]) -> Json:
+        prompt_tokens = sum(summary.prompt_tokens for summary in summaries)
+        completion_tokens = sum(summary.completion_tokens for summary in summaries) if self._call.answered else 0
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(summary.cached_tokens for summary in summaries)},
+        }
+
+
+class CompletionAnswer(Answer):
+    """Of /v1/completions."""
+
+    object_name = chunk_name = "text_completion"
+    id_prefix = "cmpl-"
+
+    def __init__(self, call: Call, model: str, tokenizer: Tokenizer) -> None:
+        super().__init__(call, model, tokenizer)
+        self._offsets: dict[int, _TextOffsets] = defaultdict(lambda: _TextOffsets(tokenizer.detokenizer()))
+
+    def choice(self, index: int, part: _Part) -> Json:
+        logprobs = self._logprobs(index, part) if part.logprobs else None
+        return {"index": index, "text": part.text, "logprobs": logprobs, "finish_reason": part.finish_reason}
+
+    chunk_choice = choice
+
+    def _logprobs(self, index: int, part: _Part) -> Json:
+        """Lists with an entry a token. Offsets count characters of the choice's text."""
+        offsets = self._offsets[index]
+        return {
+            "tokens": [_name(self.tokenizer.token_bytes(token)) for token in part.token_ids],
+            "token_logprobs": [entry and _number(entry.logprob) for entry in part.logprobs],
+            "top_logprobs": list(map(self._top, part.token_ids, part.logprobs)),
+            "text_offset": [offsets.next(token) for token in part.token_ids],
+        }
+
+    def _top(self, token_id: int, entry: TokenLogprobs | None) -> dict[str, float] | None:
+        """The likeliest tokens and the one that came; of tokens with one name, the likeliest."""
+        if entry is None:
+            return None
+        top: dict[str, float] = {}
+        for token, logprob in (*entry.top, (token_id, entry.logprob)):
+            top.setdefault(_name(self.tokenizer.token_bytes(token)), _number(logprob))
+        return top
+
+
+class ChatAnswer(Answer):
+    """Of /v1/chat/completions."""
+
+    object_name = "chat.completion"
+    chunk_name = "chat.completion.chunk"
+    id_prefix = "chatcmpl-"
+
+    def choice(self, index: int, part: _Part) -> Json:
+        message = {"role": "assistant", "content": part.text, "refusal": None}
+        return {"index": index, "message": message, **self._rest(part)}
+
+    def chunk_choice(self, index: int, part: _Part) -> Json:
+        role = {"role": "assistant"} if part.is_first else {}
+        return {"index": index, "delta": {**role, "content": part.text}, **self._rest(part)}
+
+    def _rest(self, part: _Part) -> Json:
+        content = [
+            self._token(token, entry.logprob) | {"top_logprobs": [self._token(*one) for one in entry.top]}
+            for token, entry in zip(part.token_ids, part.logprobs, strict=False)
+            if entry is not None
+        ]
+        logprobs = {"content": content, "refusal": None} if content else None
+        return {"logprobs": logprobs, "finish_reason": part.finish_reason}
+
+    def _token(self, token_id: int, logprob: float) -> Json:
+        data = self.tokenizer.token_bytes(token_id)
+        return {"token": _name(data), "logprob": _number(logprob), "bytes": list(data)}
+
+
+class _TextOffsets:
+    """Where each token's characters begin in its choice's text."""
+
+    def __init__(self, detokenizer: Detokenizer) -> None:
+        self._detokenizer = detokenizer
+        self._length = 0
+
+    def next(self, token_id: int) -> int:
+        offset = self._length
+        self._length += len(self._detokenizer.push(token_id))
+        return offset
+
+
+def event(content: Json) -> bytes:
+    """One server-sent event."""
+    return b"data: " + to_json(content) + b"\n\n"
+
+
+def to_json(content: Json) -> bytes:
+    """JSON in ASCII, which any text can be put into."""
+    return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _name(data: bytes) -> str:
+    """A token as text; as OpenAI does it, `bytes:\\xe2\\x82` where it is no whole characters."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _number(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)
