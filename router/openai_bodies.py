@@ -59,7 +59,7 @@ class _Body(_Model):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
-    stop: str | list[str] = []
+    stop: Any = []  # a text or several
     logit_bias: dict[str, float] = {}
     top_k: int = 0
     min_p: float = 0.0
@@ -70,7 +70,7 @@ class _Body(_Model):
 
     def sampling_params(self, logprobs: int | None) -> SamplingParams:
         """Sampling parameters, not validated yet. Without a seed, an answer is another one each time."""
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        stop = self.stop if isinstance(self.stop, list) else [self.stop]
         return SamplingParams(
             max_tokens=self.max_tokens,
             min_tokens=self.min_tokens,

@@ -168,7 +168,11 @@ def test_echo_gives_the_log_probabilities_of_the_prompt(max_tokens: int, stream:
             offsets = [offset for part in shown for offset in part.text_offset]
             text = "".join(part.text for part in parts)
             assert text == tokenizer().decode(prompt) + echo(prompt, max_tokens)
-            assert all(text[offset:].startswith(name) for offset, name in zip(offsets, names) if "bytes:" not in name)
+            assert all(
+                text[offset:].startswith(name)
+                for offset, name in zip(offsets, names, strict=True)
+                if "bytes:" not in name
+            )
             assert any("bytes:" in name for name in names) == (index == 0)
             assert [part.finish_reason for part in parts if part.finish_reason] == ["length"]
 
@@ -190,7 +194,7 @@ def test_every_sampling_parameter_arrives() -> None:
             n=2,
             best_of=2,
             stop=["never"],
-            logit_bias={"5": -1.0},
+            logit_bias={"5": -1},
             logprobs=3,
             user="somebody",
             extra_body={
@@ -242,7 +246,7 @@ def test_the_synchronous_client_lists_models_and_streams() -> None:
             assert "".join(chunk.choices[0].text for chunk in stream) == echo(tokenizer().encode(TEXT), 4)
 
     async def scenario(client: AsyncOpenAI, service: RouterService) -> None:
-        await asyncio.to_thread(talk, service.http_address)
+        await asyncio.to_thread(talk, str(service.http_address))
 
     with FakeCluster() as cluster, nothing_left(cluster):
         run(scenario, cluster)
@@ -302,7 +306,7 @@ def test_a_full_queue_is_429_with_a_retry_time() -> None:
 def test_a_deadline_of_the_requests_own() -> None:
     async def scenario(client: AsyncOpenAI, service: RouterService) -> None:
         headers = {"x-request-timeout": "0.2"}
-        with pytest.raises(openai.InternalServerError, match="0.2 s passed while decoding") as caught:
+        with pytest.raises(openai.InternalServerError, match=r"0\.2 s passed while decoding") as caught:
             await client.completions.create(model=MODEL, prompt=[5, 6], max_tokens=200, extra_headers=headers)
         assert caught.value.status_code == 504
         for wrong in ("soon", "0", "nan", "-1"):
