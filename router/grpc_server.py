@@ -26,7 +26,10 @@ FINISH_REASONS = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
 }
-ANSWERED_REASONS: dict[int, Literal["stop", "length"]] = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
+ANSWERED_REASONS: dict[int, Literal["stop", "length"]] = {
+    pb.FINISH_REASON_STOP: "stop",
+    pb.FINISH_REASON_LENGTH: "length",
+}
 
 Context = grpc.aio.ServicerContext[bytes, Message]
 M = TypeVar("M", bound=Message)

@@ -19,7 +19,7 @@ from splitserve.deploy.processes import session_members
 TOPOLOGY = """
 name: {name}
 model: {{path: {model}, context: 1024, name: tiny}}
-router: {{grpc: "127.0.0.1:{port}"}}
+router: {{grpc: "127.0.0.1:{port}", http: "127.0.0.1:{http_port}"}}
 prefill: {{kv_memory: 8MiB, {prefill}}}
 decode: {{kv_memory: 8MiB, slots: 8, {decode}}}
 kv_transfer: {{staging: 4MiB, transport: {transport}}}
@@ -38,7 +38,13 @@ def write_topology(
     """A topology file in `folder` for a cluster named after it, on a free port."""
     name = f"test-{os.getpid()}-{folder.name.replace('_', '-').lower()[-20:]}"
     text = TOPOLOGY.format(
-        name=name, model=model, port=free_port(), prefill=prefill, decode=decode, transport=transport
+        name=name,
+        model=model,
+        port=free_port(),
+        http_port=free_port(),
+        prefill=prefill,
+        decode=decode,
+        transport=transport,
     )
     file = folder / "topology.yaml"
     file.write_text(text.replace("router: {", "router: {" + router))

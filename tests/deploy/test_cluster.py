@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+from openai import OpenAI
 
 from examples.tiny_moe.tokens import MODEL as TINY_MOE
 from splitserve.client import Client, SplitserveClientError
@@ -51,6 +53,7 @@ def test_a_cluster_lives_through_deaths_and_leaves_nothing(tmp_path: Path, tiny_
         assert "already running" in succeed("up", topology)
         before = ask(endpoint, 24)
         assert len(before) == 24
+        _check_http(topology, endpoint)
 
         _kill_while_it_streams(name, endpoint, "decode/0/0")
         wait_until(lambda: units(name)["decode/0/0"]["state"] == "ready", BACK_WITHIN_S, "decode is back")
@@ -74,6 +77,27 @@ def test_a_cluster_lives_through_deaths_and_leaves_nothing(tmp_path: Path, tiny_
         succeed("down", name)
     assert left_behind(state) == []
     assert "starting decode/0/0" in succeed("logs", "supervisor", "--cluster", name)
+
+
+def _check_http(topology: Path, endpoint: str) -> None:
+    """HTTP gives what gRPC gives, and its prompt's log probabilities are those of the model."""
+    router = yaml.safe_load(topology.read_text())["router"]
+    with OpenAI(base_url=f"http://{router['http']}/v1", api_key="none") as http, Client(endpoint) as grpc:
+        by_http = http.completions.create(
+            model="tiny",
+            prompt=PROMPT,
+            max_tokens=24,
+            temperature=0,
+            echo=True,
+            logprobs=1,
+            extra_body={"ignore_eos": True},
+        )
+        by_grpc = grpc.generate(PROMPT, max_tokens=24, ignore_eos=True, logprobs=1, prompt_logprobs=1).result()
+    (choice,) = by_http.choices
+    assert choice.text == PROMPT + by_grpc.text
+    assert choice.logprobs is not None
+    expected = [entry.logprob for entry in (*by_grpc.prompt_logprobs, *by_grpc.samples[0].logprobs)]
+    assert choice.logprobs.token_logprobs == [None, *expected]
 
 
 def _kill_while_it_streams(name: str, endpoint: str, engine: str) -> None:
