@@ -87,7 +87,7 @@ def detokenize(raw: dict[str, Any], validator: Validator) -> str:
     """Text of token ids."""
     body = parse(DetokenizeBody, raw)
     validator.check_model(body.model)
-    return validator.tokenizer.decode(body.tokens)
+    return validator.decode(body.tokens)
 
 
 def _prompts(prompt: Any) -> list[tuple[str, str | Sequence[int]]]:

@@ -224,7 +224,7 @@ def test_every_sampling_parameter_arrives() -> None:
 
 
 def all_params(cluster: FakeCluster) -> list[Any]:
-    return [job.params for engine in cluster.engines.values() for job in engine.jobs.values()]
+    return [job.message.params for engine in cluster.engines.values() for job in engine.jobs.values()]
 
 
 def test_a_stop_string_is_not_shown() -> None:
@@ -281,9 +281,9 @@ def test_health_tells_the_truth_about_the_pools() -> None:
         body: Any = caught.value.response.json()
         assert body["reason"] == "no decode worker is ready"
         assert body["pools"] == {"prefill": ready, "decode": {"engines": 0, "ready": 0}}
-        with pytest.raises(openai.InternalServerError, match="no decode worker is ready") as refused:
-            await client.completions.create(model=MODEL, prompt=TEXT)
-        assert refused.value.status_code == 503
+        with pytest.raises(openai.InternalServerError, match="not all pools have a worker that is ready") as late:
+            await client.completions.create(model=MODEL, prompt=TEXT, extra_headers={"x-request-timeout": "0.2"})
+        assert late.value.status_code == 504
 
     with FakeCluster() as cluster:
         run(scenario, cluster)
@@ -352,10 +352,10 @@ def test_a_client_that_leaves_frees_both_engines(stream: bool) -> None:
 
 def test_one_prompt_that_fails_ends_the_others() -> None:
     async def scenario(client: AsyncOpenAI, service: RouterService) -> None:
-        with pytest.raises(openai.InternalServerError, match="no KV came through"):
+        with pytest.raises(openai.InternalServerError, match="the logits are not finite"):
             await client.completions.create(model=MODEL, prompt=[[5, 6], [6, 7, 8]], max_tokens=200)
 
-    behaviour = Behaviour(fail_prefill=("UNAVAILABLE", "no KV came through"))
+    behaviour = Behaviour(fail_prefill=("INTERNAL", "the logits are not finite"))
     with FakeCluster(behaviour=behaviour) as cluster, nothing_left(cluster):
         run(scenario, cluster)
 
