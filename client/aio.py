@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Unpack
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from splitserve.client import wire
 from splitserve.client.types import (
@@ -79,6 +80,13 @@ class AsyncClient:
         """The cluster as this router sees it."""
         with wire.client_errors():
             return wire.cluster_status(await self._stub.Status(pb.StatusRequest(), timeout=timeout_s))
+
+    async def healthy(self, *, timeout_s: float | None = None) -> bool:
+        """Whether a request could be placed now, by gRPC's health protocol."""
+        request = health_pb2.HealthCheckRequest()
+        with wire.client_errors():
+            answer = await health_pb2_grpc.HealthStub(self._channel).Check(request, timeout=timeout_s)
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def close(self) -> None:
         """Disconnect; streams that still run are cancelled."""

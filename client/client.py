@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Protocol, Unpack
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from splitserve.client import wire
 from splitserve.client.types import (
@@ -83,6 +84,13 @@ class Client:
         """The cluster as this router sees it."""
         with wire.client_errors():
             return wire.cluster_status(self._stub.Status(pb.StatusRequest(), timeout=timeout_s))
+
+    def healthy(self, *, timeout_s: float | None = None) -> bool:
+        """Whether a request could be placed now, by gRPC's health protocol."""
+        request = health_pb2.HealthCheckRequest()
+        with wire.client_errors():
+            answer = health_pb2_grpc.HealthStub(self._channel).Check(request, timeout=timeout_s)
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def close(self) -> None:
         """Disconnect; streams that still run are cancelled."""

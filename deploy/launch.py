@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
+import time
 from dataclasses import dataclass, replace
 
 from rich.console import Console
 
 from splitserve.cluster.channel import CurveKeys
-from splitserve.cluster.errors import StartupError
+from splitserve.cluster.errors import InsufficientResources, StartupError
 from splitserve.cluster.topology import Topology
 from splitserve.cluster.topology_file import TopologyFile
 from splitserve.deploy.cluster_spec import ClusterSpec
@@ -28,6 +30,8 @@ from splitserve.deploy.preflight import check_host, check_ports, check_resources
 from splitserve.deploy.progress import StatusView
 from splitserve.deploy.ray_environment import prepare_ray
 from splitserve.models.resolve import load_model_config, resolve_model
+
+NODES_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,10 @@ def prepare(file: TopologyFile) -> Plan:
         return make_plan(file, load_model_config(path))
 
 
-def launch(file: TopologyFile, address: str | None, view: StatusView) -> RunningCluster:
+def launch(file: TopologyFile, address: str | None, view: StatusView, wait_s: float = 0.0) -> RunningCluster:
     """Bring a cluster up on the Ray at `address`, or on one of our own; returns once it answers requests.
 
+    Nodes that the Ray at `address` still lacks have `wait_s` to join it.
     A cluster of that name and content that runs already is returned as it is. Raises StartupError when it runs with
     another content, or with the reason why it does not start.
     """
@@ -67,7 +72,7 @@ def launch(file: TopologyFile, address: str | None, view: StatusView) -> Running
         plan = prepare(file)
         check_runnable(plan)
         if address is not None:
-            return _launch_on(file, plan, address, None, view)
+            return _launch_on(file, plan, address, None, view, wait_s)
         check_ports(file.topology.router)
         check_host(plan)
         started = start_local_ray(folder, plan.cpus, plan.gpus)
@@ -101,7 +106,7 @@ def digest(topology: Topology) -> str:
 
 
 def _launch_on(
-    file: TopologyFile, plan: Plan, address: str, started: StartedRay | None, view: StatusView
+    file: TopologyFile, plan: Plan, address: str, started: StartedRay | None, view: StatusView, wait_s: float = 0.0
 ) -> RunningCluster:
     topology, folder = file.topology, ClusterFolder(file.topology.name)
     ray = started.ray if started else None
@@ -113,7 +118,7 @@ def _launch_on(
     with driver.session(topology.name, address):
         if driver.has_supervisor():
             raise StartupError(f"a cluster {topology.name} runs on that Ray already; give this one another name")
-        check_resources(plan, driver.resources())
+        _await_nodes(plan, wait_s)
         folder.write(state)
         try:
             endpoints = driver.bring_up(ClusterSpec(_with_absolute_model(topology), keys), view)
@@ -124,6 +129,23 @@ def _launch_on(
     state = replace(state, endpoints=endpoints)
     folder.write(state)
     return RunningCluster(state, started)
+
+
+def _await_nodes(plan: Plan, wait_s: float) -> None:
+    """Raise InsufficientResources where the joined Ray does not have what the plan needs within `wait_s`."""
+    from splitserve.deploy import driver
+
+    deadline, told = time.monotonic() + wait_s, False
+    while True:
+        try:
+            return check_resources(plan, driver.resources())
+        except InsufficientResources as error:
+            if time.monotonic() >= deadline:
+                raise
+            if not told:
+                print(f"waiting for nodes, {wait_s:g} s at most; {error}", file=sys.stderr, flush=True)
+                told = True
+        time.sleep(NODES_POLL_S)
 
 
 def _with_absolute_model(topology: Topology) -> Topology:

@@ -1,4 +1,4 @@
-"""generate, chat, demo: requests from the terminal. The answer goes to stdout, everything else to stderr."""
+"""generate, chat, demo, health: requests from the terminal. The answer goes to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from splitserve.deploy.report import timing_table
 QUESTION = "What is the capital of France, and what is it known for?"
 DEMO_ANSWER = Sampling(temperature=0.0, seed=0, max_tokens=128)
 DEMO_TEXT = Sampling(temperature=0.7, top_p=0.9, seed=0, max_tokens=128)
+HEALTH_S = 5.0
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -46,6 +47,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("file", metavar="FILE", help="topology file")
     parser.add_argument("--text", help="continue this text instead, for a model that was not taught to answer")
     parser.set_defaults(run=demo)
+
+    parser = commands.add_parser("health", help="ask a router whether it serves: exit status 0 if so, else 1")
+    add_connection(parser)
+    parser.set_defaults(run=health)
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -86,6 +91,13 @@ def demo(arguments: argparse.Namespace) -> int:
         if cluster.is_new:
             stop(cluster.state)
     return 0
+
+
+def health(arguments: argparse.Namespace) -> int:
+    with Client(endpoint(arguments), root_certificates=root_certificates(arguments)) as client:
+        serves = client.healthy(timeout_s=HEALTH_S)
+    print("serving" if serves else "not serving")
+    return 0 if serves else 1
 
 
 def show_answer(stream: Stream, chosen: Sampling) -> Completion:

@@ -30,6 +30,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     what.add_argument("file", nargs="?", metavar="FILE", help="topology file")
     what.add_argument("--model", metavar="PATH", help="a model instead: the topology is made for this host and shown")
     parser.add_argument("--address", help="host:port of a Ray to join (default: start one on this host)")
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="how long nodes may take to join the Ray at --address (default: all are there)",
+    )
     parser.add_argument("--foreground", action="store_true", help="stay, and end the cluster on Ctrl-C")
     parser.set_defaults(run=up)
 
@@ -52,7 +59,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def up(arguments: argparse.Namespace) -> int:
     file = load_topology_file(arguments.file) if arguments.file else _made_for_this_host(arguments.model)
     name, began = file.topology.name, time.monotonic()
-    cluster = launch(file, arguments.address, make_view())
+    cluster = launch(file, arguments.address, make_view(), arguments.wait)
     if not cluster.is_new:
         print(f"cluster {name} is already running")
         print_ready(cluster.state)

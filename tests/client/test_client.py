@@ -71,6 +71,7 @@ def test_chat_tokenize_models_and_status(client: Client) -> None:
     status = client.status(timeout_s=5.0)
     assert [engine.state for engine in status.engines] == ["ready", "ready"]
     assert status.version
+    assert client.healthy(timeout_s=5.0)
 
 
 def test_every_sampling_parameter_arrives(

@@ -292,6 +292,7 @@ def test_health_follows_the_engines_and_status_tells_about_them() -> None:
                     service.set_members(cluster.members[:1])
                 elif len(seen) > 1 and seen[-2] == health_pb2.HealthCheckResponse.SERVING:
                     break
+            assert not await client.healthy()
             status = await client.status()
             assert (status.cluster, status.model) == ("test", MODEL)
             assert [(engine.name, engine.role) for engine in status.engines] == [("prefill/0/0", "prefill")]
