@@ -16,7 +16,8 @@ class Keys:
 
     def error(self, key: str, expected: str) -> ModelLoadError:
         found = f"{self.raw[key]!r:.80}" if key in self.raw else "nothing"
-        return ModelLoadError(f"{self.source}: {self.prefix}{key}: found {found}; {expected}")
+        name = key if key.isprintable() else ascii(key)  # a file's own keys, of which some cannot be printed
+        return ModelLoadError(f"{self.source}: {self.prefix}{name}: found {found}; {expected}")
 
     def has(self, key: str) -> bool:
         """Whether the key is there with a value; null counts as absent, as it does for transformers."""
