@@ -40,10 +40,12 @@ def llama(layers: int, heads: int, kv_heads: int, head_dim: int, wide: int, voca
 
 SMOLLM2 = llama(30, 9, 3, 64, 1536, 49152, 8192)
 LLAMA_8B = llama(32, 32, 8, 128, 14336, 128256, 131072)
+AS_QWEN3_8B = llama(36, 32, 8, 128, 12288, 151936, 40960)  # the same shapes but for the norms of its heads
 MODELS = {
     "smollm2-135m-instruct": SMOLLM2,
     "deepseek-v3": DEEPSEEK_V3,
     "models/Llama-3.1-8B-Instruct": LLAMA_8B,
+    "/models/Qwen3-8B": AS_QWEN3_8B,
     "examples/tiny_moe/model": TINY_MOE,
 }
 
