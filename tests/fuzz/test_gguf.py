@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import struct
 from pathlib import Path
 
+import gguf
 import pytest
 from hypothesis import given
 
 from splitserve.cluster.errors import ModelLoadError
-from splitserve.models.gguf_convert import convert_gguf
+from splitserve.models.gguf_convert import MAX_ARRAY, convert_gguf
 from tests.fuzz.mutate import bounded, corpus, fuzz, mutated
 
 SEEDS = [path.read_bytes() for path in corpus("gguf") if path.suffix == ".gguf"]
@@ -46,3 +48,10 @@ def test_corpus(path: Path, folder: Path) -> None:
 @given(content=mutated(SEEDS))
 def test_spoilt_bytes(folder: Path, content: bytes) -> None:
     check(folder, content)
+
+
+def test_an_array_longer_than_any_vocabulary(folder: Path) -> None:
+    """Each of its elements, a byte here, would become objects of some hundred bytes."""
+    length = MAX_ARRAY + 1
+    field = struct.pack("<Q1sIIQ", 1, b"a", gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT8, length)
+    assert not check(folder, b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field + bytes(length))

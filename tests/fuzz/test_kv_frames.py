@@ -6,11 +6,13 @@ Nothing raises, no page outside a live reservation changes, and what is verified
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 import msgpack
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -111,19 +113,50 @@ def test_live_transfers(data: st.DataObject, shared_staging: bool) -> None:
     attacked.check()
 
 
-def test_a_frame_whose_words_lie_askew() -> None:
-    """At an address that is no multiple of a word's size: on a GPU, the end of the process."""
-    attacked = Attacked(shared_staging=True)
-    network, honest = attacked.pair.network, attacked.pair.network.post
+WRONG: dict[str, dict[str, Any]] = {
+    "words askew": {"offset": 1, "tokens": (START, START + 1)},  # on a GPU, the end of the process
+    "tokens before the start": {"tokens": (0, 3)},
+    "tokens behind the end": {"tokens": (TOKENS, TOKENS + 2)},
+    "no tokens": {"tokens": (5, 5)},
+    "layers that are none": {"layers": (-1, 1)},
+    "layers behind the last": {"layers": (1, 3), "tokens": (START, START + 1)},
+    "a place before staging": {"offset": -64},
+    "another's share": {"offset": 1024 + 512},
+    "another target": {"target_rank": 1},
+    "no source": {"source_rank": 7},
+}
+
+
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("shared_staging", [True, False])
+def test_wrong_frames_ahead_of_right_ones(change: dict[str, Any], shared_staging: bool) -> None:
+    attacked = Attacked(shared_staging)
+    honest = attacked.pair.network.post
 
     def post(address: str, origin: str, header: bytes, payload: bytes | None = None) -> None:
         message = unseal(header)
         if isinstance(message, KvFrame):
-            askew = replace(message, offset=message.offset + 1, tokens=(message.tokens[0], message.tokens[0] + 1))
-            honest(address, origin, seal(askew))
+            honest(address, origin, seal(replace(message, **change)), payload)
         honest(address, origin, header, payload)
 
-    with patch.object(network, "post", post):
+    finish(attacked, post)
+
+
+def test_damaged_payloads_ahead_of_right_ones() -> None:
+    attacked = Attacked(shared_staging=False)
+    honest = attacked.pair.network.post
+
+    def post(address: str, origin: str, header: bytes, payload: bytes | None = None) -> None:
+        if payload:
+            honest(address, origin, header, bytes([payload[0] ^ 1]) + payload[1:])
+        honest(address, origin, header, payload)
+
+    finish(attacked, post)
+
+
+def finish(attacked: Attacked, post: Callable[..., None]) -> None:
+    with patch.object(attacked.pair.network, "post", post), bounded():
         for _ in range(24):
             attacked.step(0.5)
     attacked.check()
+    assert all(isinstance(event, Verified) for event in attacked.ended.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any, cast
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from tests.fuzz.mutate import bounded, changed, fuzz, mutated
 from tests.fuzz.test_kv_frames import resealed
 
 STAGING = 4096
-MAX_LINKS = 2
+MAX_LINKS = 1
 TREES: list[Any] = [["KvMeet", "t"], ["KvPut", "t", 1, 64, 128], ["KvPut", "t", 2, 1024, 3072], ["KvPart", "t", "bye"]]
 MESSAGES = changed(TREES).map(resealed) | mutated([resealed(tree) for tree in TREES])
 
@@ -64,9 +65,30 @@ class Posted:
         """Nothing is under way."""
 
 
+Said = list[tuple[bytes, bytes, bytes | None]]
+
+
 @fuzz
 @given(st.lists(st.tuples(st.sampled_from([b"p", b"q"]), MESSAGES, st.sampled_from([b"header", None])), max_size=8))
-def test_what_senders_say(said: list[tuple[bytes, bytes, bytes | None]]) -> None:
+def test_what_senders_say(said: Said) -> None:
+    check(said)
+
+
+@pytest.mark.parametrize(("offset", "size"), [(-64, 128), (STAGING - 64, 128), (0, 2**40), (64, 0), (64, -1)])
+def test_places_that_staging_does_not_have(offset: int, size: int) -> None:
+    assert check([(b"p", resealed(["KvPut", "t", 1, offset, size]), b"header")]) == set()
+
+
+def test_places_that_staging_has() -> None:
+    assert check([(b"p", resealed(tree), b"header") for tree in TREES[1:3]]) == {(64, 128), (1024, 3072)}
+
+
+def test_more_links_than_there_is_memory_for() -> None:
+    check([(peer, resealed(["KvMeet", "t"]), None) for peer in (b"q", b"r", b"s")])
+
+
+def check(said: Said) -> set[tuple[int, int]]:
+    """Where receives were posted, as (offset, size) of staging, while a receiver with a link to p heard `said`."""
     box, pair, staging = Box(), Posted(), torch.zeros(STAGING, dtype=torch.uint8)
     receiver = LinkedReceiver(cast(TcpReceiver, box), staging, lambda _: pair, MAX_LINKS, time.monotonic)
     with bounded():
@@ -78,8 +100,10 @@ def test_what_senders_say(said: list[tuple[bytes, bytes, bytes | None]]) -> None
                 time.sleep(0.0001)
         receiver.receive(8)
     announced = {(put.offset, put.size) for put in (read(message) for _, message, _ in said) if isinstance(put, KvPut)}
-    assert {(place.data_ptr() - staging.data_ptr(), place.numel()) for place in pair.places} <= announced
+    posted = {(place.data_ptr() - staging.data_ptr(), place.numel()) for place in pair.places}
+    assert posted <= announced
     receiver.close()
+    return posted
 
 
 def read(message: bytes) -> object:
