@@ -116,11 +116,14 @@ def test_live_transfers(data: st.DataObject, shared_staging: bool) -> None:
 WRONG: dict[str, dict[str, Any]] = {
     "words askew": {"offset": 1, "tokens": (START, START + 1)},  # on a GPU, the end of the process
     "tokens before the start": {"tokens": (0, 3)},
+    "tokens that are none": {"tokens": (-4, START - 1)},
     "tokens behind the end": {"tokens": (TOKENS, TOKENS + 2)},
+    "tokens across the end": {"tokens": (TOKENS - 1, TOKENS + 2)},
     "no tokens": {"tokens": (5, 5)},
     "layers that are none": {"layers": (-1, 1)},
     "layers behind the last": {"layers": (1, 3), "tokens": (START, START + 1)},
     "a place before staging": {"offset": -64},
+    "a place across the end of staging": {"offset": (1 << 16) - 64},
     "another's share": {"offset": 1024 + 512},
     "another target": {"target_rank": 1},
     "no source": {"source_rank": 7},

@@ -122,6 +122,7 @@ PROMISES = {
     "2^60 bytes of header": header(2**60, b"{}"),
     "2^60 elements": header(60, b'{"a":{"dtype":"F32","shape":[1152921504606846976],"data_offsets":[0,4]}}'),
     "shape overflows": header(72, b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}'),
+    "another shape": save({"a": torch.ones(3, 2), "b": TENSORS["b"]}),
     "deep": header(200_000, b"[" * 200_000),
     "empty": b"",
 }
