@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from tests.deploy.clusters import (
     is_listening,
     run_command,
     start_command,
+    state_of,
     succeed,
     wait_until,
     write_topology,
@@ -27,12 +29,11 @@ START_S = 60.0
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A home folder with a token made as operators make it."""
     monkeypatch.setenv("HOME", str(tmp_path))
     subprocess.run([RAY, "get-auth-token", "--generate"], check=True, capture_output=True)
     assert (tmp_path / ".ray/auth_token").exists()
-    return tmp_path
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def ray_folder() -> Iterator[str]:
 
 @contextlib.contextmanager
 def ray_start(*arguments: str) -> Iterator[None]:
-    """A node of a Ray, to the block's end."""
+    """A node of a Ray, killed at the block's end: a polite end waits half a minute for actors that live."""
     node = subprocess.Popen(
         [RAY, "start", "--block", *arguments],
         env=os.environ | {"RAY_AUTH_MODE": "token"},
@@ -54,13 +55,12 @@ def ray_start(*arguments: str) -> Iterator[None]:
     try:
         yield
     finally:
-        node.terminate()  # which ends its children in order
-        node.wait(START_S)
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
 
 
-def test_up_waits_for_the_nodes_and_starts_again_with_ray(
-    tmp_path: Path, tiny_model: Path, home: Path, ray_folder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("home")
+def test_up_waits_for_the_nodes_and_starts_again_with_ray(tmp_path: Path, tiny_model: Path, ray_folder: str) -> None:
     router, pool = "node_resource: router, ", "node_resource: pool"
     topology = write_topology(tmp_path, tiny_model, router=router, prefill=pool, decode=pool, transport="tcp")
     topology.write_text(topology.read_text() + "security: {bind: node}\nhosts: {count: 2}\n")
@@ -80,8 +80,10 @@ def test_up_waits_for_the_nodes_and_starts_again_with_ray(
             stdout, stderr = waiting.communicate(timeout=START_S)
             assert waiting.returncode == 0, stdout + stderr
             assert succeed("health") == "serving\n"
-            assert "is already running" in succeed("up", topology, "--address", address, "--wait", START_S)
+            assert "is already running" in succeed("up", topology, "--address", address)
+            endpoint = state_of(name).endpoints[0]
 
+    wait_until(lambda: not is_listening(endpoint), START_S, "the router ends with its Ray")
     assert run_command("health").returncode == 1
     with ray_start(*head), ray_start(*node):
         wait_until(lambda: is_listening(address), START_S, "the head")
