@@ -141,7 +141,9 @@ class RouterChannel:
                 self.malformed += 1
 
     async def send(self, item: object) -> None:
-        await self._socket.send(pack(item))
+        """Send; once the channel is closed, nothing."""
+        if not self._socket.closed:
+            await self._socket.send(pack(item))
 
     def close(self) -> None:
         self._socket.close(linger=0)
