@@ -5,301 +5,29 @@ Checks here need the file alone; those that need the model's shapes are in `spli
 
 from __future__ import annotations
 
-import ipaddress
-import re
-from pathlib import PurePath
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    WithJsonSchema,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from splitserve.cluster.layout import MAX_TP
-from splitserve.cluster.units import SIZE_PATTERN, parse_bytes
+from splitserve.cluster.topology_sections import (
+    DEFAULT_CHUNK_TOKENS,
+    DecodePool,
+    Hosts,
+    KvTransfer,
+    Model,
+    PrefillPool,
+    Role,
+    Router,
+    Section,
+    Security,
+)
 
-Role = Literal["prefill", "decode", "colocated"]
-DEFAULT_CHUNK_TOKENS = 512
 # Of a prefill rank's GPU, for payloads that are packed and not yet across: within the host, and to others.
 BOUNCE_BYTES, PACKED_BYTES = 128 << 20, 256 << 20
 
 
-def _bytes(value: object) -> object:
-    return parse_bytes(value) if isinstance(value, str) else value
-
-
-Bytes = Annotated[
-    int,
-    Field(gt=0, le=2**60),
-    BeforeValidator(_bytes),
-    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": SIZE_PATTERN}]}),
-]
-Seconds = Annotated[float, Field(gt=0, le=86400)]
-Resource = Annotated[str, Field(min_length=1, max_length=100)] | None
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Model(_Section):
-    """The model that the cluster serves."""
-
-    path: str = Field(
-        min_length=1,
-        description="a Hugging Face folder, a .gguf file, or the name of a built-in model (smollm2-135m-instruct)",
-    )
-    name: str | None = Field(
-        default=None,
-        pattern=r"^[A-Za-z0-9._:/-]{1,100}$",
-        description="name that requests use; the last part of path if unset",
-    )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32",
-        description="arithmetic and KV cache: float32 repeats tokens exactly on CPU, bfloat16 suits GPUs",
-    )
-    context: int = Field(default=2048, ge=2, description="longest sequence in tokens, prompt and answer together")
-    deterministic: bool = Field(
-        default=False,
-        description="on GPUs, the same bits in any slot, batch, capacity and packing, at a price; CPUs always do that",
-    )
-    load_format: Literal["auto", "dummy"] = Field(
-        default="auto", description="auto reads the weights; dummy makes random ones and needs only the config"
-    )
-
-    @property
-    def served_name(self) -> str:
-        return self.name or PurePath(self.path).name.removesuffix(".gguf")
-
-
-class Hosts(_Section):
-    """What there is to run on, for `splitserve check`; Ray finds out what really is."""
-
-    count: int = Field(default=1, ge=1, le=4096, description="number of hosts")
-    gpus: int = Field(default=0, ge=0, le=64, description="GPUs of one host")
-    gpu_memory: Bytes = Field(default=80 * 10**9, description="memory of one GPU, such as 80GB")
-
-
-class Slo(_Section):
-    """Latency objectives that placement aims at."""
-
-    ttft_s: Seconds = Field(default=2.0, description="time to first token, in seconds")
-    tpot_s: Seconds = Field(default=0.2, description="time per output token after the first, in seconds")
-
-
-class Router(_Section):
-    """The front: takes requests over gRPC and HTTP, places them and streams their tokens."""
-
-    grpc: str = Field(default="127.0.0.1:50061", description="host:port of router 0; router i listens on port + i")
-    http: str | None = Field(
-        default=None, description="the same for OpenAI's HTTP API, such as 127.0.0.1:8000; none if unset"
-    )
-    replicas: int = Field(default=1, ge=1, le=64, validate_default=True, description="number of routers")
-    policy: Literal["round_robin", "least_load"] = Field(
-        default="least_load", description="how engines are picked: in turn, or the least loaded"
-    )
-    max_queue: int = Field(
-        default=256, ge=0, le=1_000_000, description="requests that may wait before new ones are refused"
-    )
-    max_active: int = Field(default=1024, ge=1, le=1_000_000, description="requests in progress at once, in one router")
-    default_deadline_s: Seconds = Field(default=600.0, description="deadline of a request that brings none, in seconds")
-    worker_timeout_s: Seconds | None = Field(
-        default=None,
-        description="silence after which a worker counts as dead, in seconds; "
-        "if unset, 2.5 where all workers have GPUs, else 10: on a CPU a step may take seconds",
-    )
-    slo: Slo = Field(default=Slo(), description="latency objectives")
-    node_resource: Resource = Field(default=None, description="Ray custom resource of the nodes that routers run on")
-
-    @field_validator("grpc", "http")
-    @classmethod
-    def _host_and_port(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        host, separator, port = value.rpartition(":")
-        if not separator or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
-            raise ValueError("expected host:port with a port from 1 to 65535, such as 127.0.0.1:50061")
-        _refuse_wildcard(host.removeprefix("[").removesuffix("]"))
-        return value
-
-    @field_validator("replicas")
-    @classmethod
-    def _ports_left(cls, value: int, info: ValidationInfo) -> int:
-        ports = [int(address.rpartition(":")[2]) for field in ("grpc", "http") if (address := info.data.get(field))]
-        for port in ports:
-            if port + value - 1 > 65535:
-                raise ValueError(f"ports {port} to {port + value - 1} would pass 65535; lower the port or the replicas")
-        if len(ports) == 2 and abs(ports[0] - ports[1]) < value:
-            raise ValueError(f"{value} ports from {ports[0]} and from {ports[1]} on overlap; move grpc or http")
-        return value
-
-    def grpc_address(self, index: int) -> str:
-        """host:port that router `index` takes gRPC on."""
-        return _with_port_added(self.grpc, index)
-
-    def http_address(self, index: int) -> str | None:
-        """host:port that router `index` takes HTTP on, if it does."""
-        return None if self.http is None else _with_port_added(self.http, index)
-
-
-class Layout(_Section):
-    """How a replica's ranks share the model: `tp` times `dp` ranks."""
-
-    tp: int = Field(
-        default=1, ge=1, le=MAX_TP, description="tensor parallel ranks of an engine; heads must divide by it"
-    )
-    dp: int = Field(default=1, ge=1, le=1024, description="data parallel engines of a replica")
-    ep: int = Field(
-        default=1, ge=1, le=4096, description="expert parallel ranks: tp x dp for an MoE model, 1 for a dense one"
-    )
-
-    @property
-    def ranks(self) -> int:
-        """Ranks of one replica."""
-        return self.tp * self.dp
-
-
-class Pool(_Section):
-    """Replicas that all do the same work."""
-
-    replicas: int = Field(default=1, ge=1, le=1024, description="copies of the model")
-    device: Literal["cpu", "cuda"] = Field(default="cpu", description="where its ranks compute")
-    gpu_fraction: Annotated[float, Field(ge=0.01, le=1)] = Field(
-        default=1.0, description="share of a GPU and its memory that a rank takes; below 1, ranks share GPUs"
-    )
-    layout: Layout = Field(default=Layout(), description="how a replica's ranks share the model")
-    kv_memory: Bytes = Field(default=512 * 2**20, description="KV cache of one rank, in bytes, such as 512MiB")
-    page_size: Literal[16, 32, 64, 128] = Field(default=64, description="tokens in a KV page")
-    max_sequences: int = Field(
-        default=64, ge=1, le=65536, description="sequences an engine holds: reserved, waiting, running"
-    )
-    threads: int = Field(default=1, ge=1, le=1024, description="CPU threads of one rank")
-    prefix_cache: bool = Field(default=True, description="whether KV of equal prompt beginnings is reused")
-    node_resource: Resource = Field(default=None, description="Ray custom resource of the nodes that its ranks run on")
-
-    @field_validator("layout")
-    @classmethod
-    def _whole_gpus(cls, value: Layout, info: ValidationInfo) -> Layout:
-        fraction = info.data.get("gpu_fraction", 1.0)
-        if fraction < 1 and value.tp > 1:
-            raise ValueError(f"expected tp 1 where gpu_fraction is {fraction:g}: an engine's ranks need their own GPUs")
-        return value
-
-
-class PrefillPool(Pool):
-    """Engines that compute prompts."""
-
-    chunk_tokens: int = Field(
-        default=DEFAULT_CHUNK_TOKENS,
-        ge=1,
-        le=65536,
-        description="prompt tokens computed in one step, over all requests",
-    )
-
-
-class DecodePool(Pool):
-    """Engines that compute answers; both prompts and answers where the cluster is colocated."""
-
-    slots: int = Field(
-        default=32, ge=1, le=4096, validate_default=True, description="sequences decoded at once by an engine"
-    )
-    capacities: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
-        default=(16, 64, 128, 256),
-        max_length=16,
-        description="numbers of sequences that a GPU captures a decode graph for; those below slots, and slots itself",
-    )
-    chunk_tokens: int | None = Field(
-        default=None, ge=1, le=65536, description="prompt tokens computed in one step; only where colocated is true"
-    )
-
-    @field_validator("slots")
-    @classmethod
-    def _slots_filled(cls, value: int, info: ValidationInfo) -> int:
-        held = info.data.get("max_sequences", value)
-        if value > held:
-            raise ValueError(f"expected at most max_sequences, {held}: more slots could never fill")
-        return value
-
-    @property
-    def graph_capacities(self) -> tuple[int, ...]:
-        """Rows of the decode graphs, ascending; the last one is `slots`."""
-        return (*sorted({capacity for capacity in self.capacities if capacity < self.slots}), self.slots)
-
-
-class KvTransfer(_Section):
-    """How KV moves from prefill to decode."""
-
-    transport: Literal["auto", "cuda_ipc", "shm", "nccl", "tcp"] = Field(
-        default="auto",
-        description="auto: between GPUs cuda_ipc within a host and nccl between hosts; otherwise shm and tcp",
-    )
-    link_memory: Bytes = Field(
-        default=512 * 2**20,
-        description="memory of a GPU for NCCL communicators with ranks of other hosts, 68MiB each; the idle ones leave",
-    )
-    host_tier: Bytes = Field(
-        default=512 * 2**20,
-        description="host memory of a rank for KV of preempted sequences, and of cached prefixes that had to leave",
-    )
-    staging: Bytes | None = Field(
-        default=None,
-        description="memory of a decode rank for KV on its way, such as 64MiB; "
-        "if unset, 1GiB for cuda_ipc and nccl, else 256MiB for GPUs and 64MiB for CPUs",
-    )
-    lease_s: Seconds = Field(
-        default=10.0, description="time without progress after which a transfer is given up, in seconds"
-    )
-
-
-class Tls(_Section):
-    """Files in PEM form."""
-
-    cert: str = Field(min_length=1, description="certificate chain of the gRPC port")
-    key: str = Field(min_length=1, description="private key of the certificate")
-
-
-class Security(_Section):
-    """Who may connect, and how."""
-
-    curve: Literal["auto", "on", "off"] = Field(
-        default="auto", description="ZeroMQ CURVE between processes; auto is on when an address is not loopback"
-    )
-    tls: Tls | None = Field(default=None, description="TLS of the gRPC port; plain text if unset")
-    bind: str = Field(
-        default="127.0.0.1",
-        min_length=1,
-        max_length=100,
-        description="address or interface that worker sockets bind; node is each node's own address",
-    )
-
-    @field_validator("bind")
-    @classmethod
-    def _one_address(cls, value: str) -> str:
-        _refuse_wildcard(value)
-        return value
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether worker sockets can be reached from their own host only."""
-        try:
-            return ipaddress.ip_address(self.bind).is_loopback
-        except ValueError:
-            return self.bind in ("localhost", "lo")
-
-    @property
-    def encrypted(self) -> bool:
-        """Whether sockets between processes use CURVE."""
-        return self.curve == "on" or (self.curve == "auto" and not self.is_loopback)
-
-
-class Topology(_Section):
+class Topology(Section):
     """One splitserve cluster."""
 
     name: str = Field(pattern="^[a-z0-9-]{1,40}$", description="name of the cluster: 1 to 40 of a-z, 0-9 and -")
@@ -404,18 +132,3 @@ class Topology(_Section):
         if role not in self.roles:
             raise KeyError(role)
         return self.prefill if role == "prefill" and self.prefill is not None else self.decode
-
-
-def _with_port_added(address: str, index: int) -> str:
-    host, _, port = address.rpartition(":")
-    return f"{host}:{int(port) + index}"
-
-
-def _refuse_wildcard(host: str) -> None:
-    """Nothing may listen on every interface, so one address has to be named."""
-    try:
-        wildcard = ipaddress.ip_address(host).is_unspecified
-    except ValueError:
-        wildcard = host in ("", "*")
-    if wildcard:
-        raise ValueError("expected one address or host name, not every interface")

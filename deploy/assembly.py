@@ -11,7 +11,7 @@ import torch
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import RankEndpoint
 from splitserve.cluster.rank_spec import RankSpec
-from splitserve.cluster.topology import DEFAULT_CHUNK_TOKENS
+from splitserve.cluster.topology_sections import DEFAULT_CHUNK_TOKENS
 from splitserve.decode_worker.device_loop import DecodeLoop, slot_layout
 from splitserve.decode_worker.engine import DecodeEngine, DecodeLimits
 from splitserve.decode_worker.inlet import KvInlet, ReceiveInlet, ReceiveService

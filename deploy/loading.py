@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from splitserve.cluster.rank_spec import RankSpec
-from splitserve.cluster.topology import DEFAULT_CHUNK_TOKENS
+from splitserve.cluster.topology_sections import DEFAULT_CHUNK_TOKENS
 from splitserve.deploy.gpu_check import check_gpu
 from splitserve.engine.kv_cache import KvCache, pages_for_budget
 from splitserve.engine.runner import ModelRunner

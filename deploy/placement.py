@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from splitserve.cluster.topology import DecodePool, Hosts, PrefillPool
+from splitserve.cluster.topology_sections import DecodePool, Hosts, PrefillPool
 
 ROUNDING = 1e-6
 

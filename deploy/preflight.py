@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 from splitserve.cluster.errors import InsufficientResources, InvalidRequest, StartupError
 from splitserve.cluster.layout import KvLayout
-from splitserve.cluster.topology import Router, Topology
+from splitserve.cluster.topology import Topology
+from splitserve.cluster.topology_sections import Router
 from splitserve.cluster.units import format_bytes
 from splitserve.deploy.plan import Plan
 from splitserve.kernels.head_sizes import runs_on_gpu

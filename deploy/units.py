@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from splitserve.cluster.topology import Role, Topology
+from splitserve.cluster.topology import Topology
+from splitserve.cluster.topology_sections import Role
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import Busy, Cancel, Granted, Prefill, Reserve
@@ -37,9 +38,14 @@ class Attempt:
         self.reply: asyncio.Future[Granted | Busy] = asyncio.get_running_loop().create_future()
         self.joined = False
         self._request_id = request_id
-        self._output_tokens = len(samples[0].token_ids)
-        self._token_ids = prompt + samples[0].token_ids
-        self._params = params if params.n == len(samples) else replace(params, n=len(samples))
+        self._asked: dict[str, Any] = {
+            "request_id": request_id,
+            "attempt": number,
+            "token_ids": prompt + samples[0].token_ids,
+            "params": params if params.n == len(samples) else replace(params, n=len(samples)),
+            "first_sample": samples[0].index,
+            "output_tokens": len(samples[0].token_ids),
+        }
 
     @property
     def unfinished(self) -> list[SampleOutput]:
@@ -56,31 +62,13 @@ class Attempt:
         return not (self.joined and ended)
 
     def reserve(self, source: KvLayout, deadline_s: float) -> Reserve:
-        return Reserve(
-            request_id=self._request_id,
-            attempt=self.number,
-            token_ids=self._token_ids,
-            params=self._params,
-            source=source,
-            deadline_s=deadline_s,
-            first_sample=self.samples[0].index,
-            output_tokens=self._output_tokens,
-        )
+        return Reserve(source=source, deadline_s=deadline_s, **self._asked)
 
     def prefill(self, deadline_s: float) -> Prefill:
         """For an attempt that was granted."""
         granted = self.reply.result()
         assert isinstance(granted, Granted)
-        return Prefill(
-            request_id=self._request_id,
-            attempt=self.number,
-            token_ids=self._token_ids,
-            params=self._params,
-            ticket=granted.ticket,
-            deadline_s=deadline_s,
-            first_sample=self.samples[0].index,
-            output_tokens=self._output_tokens,
-        )
+        return Prefill(ticket=granted.ticket, deadline_s=deadline_s, **self._asked)
 
     def cancel(self, sample: int | None = None) -> Cancel:
         return Cancel(self._request_id, self.number, sample)

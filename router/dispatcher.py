@@ -33,7 +33,7 @@ from splitserve.cluster.messages import (
     StepTokens,
 )
 from splitserve.cluster.sampling import SamplingParams
-from splitserve.cluster.topology import Router as RouterSettings
+from splitserve.cluster.topology_sections import Router as RouterSettings
 from splitserve.router.admission import Admission
 from splitserve.router.attempt import Attempt, by_attempt
 from splitserve.router.detokenizer import Detokenizer

@@ -16,7 +16,7 @@ from starlette.routing import Route
 from starlette.types import Receive
 
 from splitserve.cluster.errors import InvalidRequest, SplitserveError, WorkerUnavailable
-from splitserve.cluster.topology import Role
+from splitserve.cluster.topology_sections import Role
 from splitserve.router import openai_requests
 from splitserve.router.dispatcher import Dispatcher
 from splitserve.router.http_body import read_json

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class _Part:
         self.finish_reason = later.finish_reason
 
 
-class Answer:
+class Answer(ABC):
     """The answer to one call as it grows. `accept` gathers it whole; `events` streams it."""
 
     object_name: str
@@ -83,13 +84,13 @@ class Answer:
             return DONE
         return event({**self._head(self.chunk_name), "choices": [], "usage": self._usage(summaries)}) + DONE
 
+    @abstractmethod
     def choice(self, index: int, part: _Part) -> Json:
         """A whole choice."""
-        raise NotImplementedError
 
+    @abstractmethod
     def chunk_choice(self, index: int, part: _Part) -> Json:
         """A choice of a stream's event."""
-        raise NotImplementedError
 
     def _new_parts(self, prompt: int, chunk: Chunk) -> list[tuple[int, _Part]]:
         self._id = self._id or self.id_prefix + chunk.request_id

@@ -14,7 +14,8 @@ from splitserve.cluster.errors import InvalidRequest, SplitserveError
 from splitserve.cluster.messages import Cancel, Failed, FirstToken, Granted, Prefill, Reserve, StepTokens
 from splitserve.cluster.rank_spec import RankSpec
 from splitserve.cluster.sampling import SamplingParams
-from splitserve.cluster.topology import DEFAULT_CHUNK_TOKENS, Topology
+from splitserve.cluster.topology import Topology
+from splitserve.cluster.topology_sections import DEFAULT_CHUNK_TOKENS
 from splitserve.decode_worker.device_loop import DecodeLoop
 from splitserve.deploy.assembly import Leader, build_engine, rank_parts
 from splitserve.deploy.loading import load_rank

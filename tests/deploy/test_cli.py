@@ -13,8 +13,8 @@ import pytest
 
 from splitserve import __version__
 from splitserve.cluster.errors import StartupError
-from splitserve.cluster.topology import Router
 from splitserve.cluster.topology_file import load_topology
+from splitserve.cluster.topology_sections import Router
 from splitserve.deploy import preflight
 from splitserve.deploy.cli import main
 from splitserve.deploy.cluster_state import ClusterFolder, ClusterState, LocalRay
