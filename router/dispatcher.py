@@ -157,6 +157,8 @@ class Dispatcher:
         return self._links
 
     def _prefill(self, request: Request, attempt: Attempt) -> None:
+        if not request.has(attempt.number):
+            return  # lost since it was granted: others go on already
         request.timeline.placed()
         self._links[attempt.placement] = time.monotonic()
         self.engines.place(attempt.placement.prefill, attempt.prefill(request.remaining_s))
