@@ -12,6 +12,7 @@ SplitserveError
 ├── DeadlineExceeded       the request's own deadline passed
 ├── RequestCancelled       the client went away or asked to stop
 ├── WorkerUnavailable      a worker died, hangs or is restarting: retry
+├── GivenUp                the request lost its workers ten times: see what it does to them
 ├── ModelFailure           the model's output is not finite for this request: check the weights
 ├── TransferFailed         KV could not be moved in time: retry
 └── ProtocolError          a peer sent what no version of splitserve sends: drop the message
@@ -92,6 +93,12 @@ class RequestCancelled(SplitserveError):
 
 class WorkerUnavailable(SplitserveError):
     code = "UNAVAILABLE"
+
+
+class GivenUp(SplitserveError):
+    """A request lost its workers so often that it may be what brings them down: it should not come again by itself."""
+
+    code = "ABORTED"
 
 
 class ModelFailure(SplitserveError):

@@ -21,7 +21,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from splitserve.cluster.channel import KV_IDLE_S, CurveKeys
-from splitserve.cluster.errors import DeadlineExceeded, SplitserveError, WorkerUnavailable
+from splitserve.cluster.errors import DeadlineExceeded, GivenUp, SplitserveError
 from splitserve.cluster.messages import (
     Busy,
     Cancel,
@@ -170,10 +170,11 @@ class Dispatcher:
     def _go_on(self, request: Request, lost: Attempt, reason: str) -> None:
         """Have other engines do what is left of `lost`."""
         self._cancel(lost)
-        request.losses += 1
+        for sample in lost.samples:
+            sample.losses += 1
         log.warning("going on elsewhere", extra={"request_id": request.id, "reason": reason, "losses": request.losses})
         if request.losses > MOST_LOSSES:
-            request.fail(WorkerUnavailable(f"given up after {MOST_LOSSES} losses, the last one: {reason}"))
+            request.fail(GivenUp(f"given up after {MOST_LOSSES} losses, the last one: {reason}"))
             return
         self._begin_later(request, by_attempt(lost.samples))
 

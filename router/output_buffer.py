@@ -45,6 +45,7 @@ class SampleOutput:
         self.stopped_by_string = False
         self.drained = False  # whether the last delta has been taken
         self.token_ids: list[int] = []  # all of them
+        self.losses = 0  # of attempts that were to answer it
         self._position = position
         self._early: dict[int, SampleToken] = {}
         self._detokenizer = detokenizer

@@ -17,7 +17,7 @@ from splitserve.router.policy import Placement
 from splitserve.router.timeline import Timeline, Timings
 
 LOST_RETRY_S = 0.05
-MOST_LOSSES = 10  # of one request: one that brings its workers down must not bring down all of them
+MOST_LOSSES = 10  # of one sample: a request that brings its workers down must not bring down all of them
 # What another attempt may mend: engines that cannot reach each other, or that have no room any more.
 PASSING = ("UNAVAILABLE", "RESOURCE_EXHAUSTED")
 
@@ -64,7 +64,6 @@ class Request:
         self.id = request_id
         self.placement = Placement()  # of its latest attempt
         self.timeline = Timeline()
-        self.losses = 0
         self.broken: set[Placement] = set()  # pairs of engines between which its KV was lost
         self.tasks: set[asyncio.Task[None]] = set()
         self._token_ids, self._params = token_ids, params
@@ -91,6 +90,11 @@ class Request:
     def finished(self) -> bool:
         """Whether every sample has its last token and all has been taken by `chunk`."""
         return self._output.drained
+
+    @property
+    def losses(self) -> int:
+        """How often it had to go on elsewhere: as often as any of its samples had to."""
+        return max(sample.losses for sample in self.samples)
 
     @property
     def held(self) -> list[Attempt]:

@@ -91,10 +91,29 @@ def test_stop_strings_and_logprobs_hold_across_a_loss() -> None:
         asyncio.run(scenario(cluster))
 
 
+def test_a_death_counts_once_however_many_samples_it_hits() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        async with running_router(cluster) as (service, client):
+            reading = asyncio.ensure_future(client.generate([5, 6, 7], max_tokens=60, n=16).result())
+            for _ in range(2):
+                await eventually(
+                    lambda: sum(len(job.live) for job in cluster.engines["decode/0/0"].decoding.values()) == 16
+                )
+                cluster.restart("decode/0/0")
+                service.set_members(cluster.members)
+            completion = await reading
+            found = [sample.token_ids for sample in completion.samples]
+            assert found == [tuple(echo([5, 6, 7], 60, sample)) for sample in range(16)]
+            assert completion.summary.losses == 2
+
+    with FakeCluster(behaviour=Behaviour(step_s=0.02)) as cluster, nothing_left(cluster):
+        asyncio.run(scenario(cluster))
+
+
 def test_a_request_that_brings_its_workers_down_is_given_up() -> None:
     async def scenario(cluster: FakeCluster) -> None:
         async with running_router(cluster) as (_, client):
-            with pytest.raises(SplitserveClientError, match=f"UNAVAILABLE: given up after {MOST_LOSSES} losses"):
+            with pytest.raises(SplitserveClientError, match=f"ABORTED: given up after {MOST_LOSSES} losses"):
                 await client.generate([5, 6, 7]).result()
 
     behaviour = Behaviour(fail_prefill=("UNAVAILABLE", "no KV came through"))
@@ -119,6 +138,7 @@ def test_a_stream_whose_router_dies_goes_on_at_another(begun: bool) -> None:
         async with AsyncExitStack() as stack:
             services, client = await two_routers(cluster, stack)
             undisturbed = await client.generate("abcdefghij", max_tokens=60, n=2, logprobs=0, stop=["ijab"]).result()
+            await eventually(lambda: not any(engine.jobs for engine in cluster.engines.values()))
             stream = client.generate("abcdefghij", max_tokens=60, n=2, logprobs=0, stop=["ijab"], timeout_s=20)
             reading = asyncio.ensure_future(stream.result())
             held = cluster.engines["decode/0/0"].decoding if begun else cluster.engines["prefill/0/0"].jobs
