@@ -165,7 +165,8 @@ class DeviceMove:
             self._sum = self._slot.growth()
             if self.fills is not None:
                 payload, staged = self.fills
-                payload.copy_(staged)
+                # Not by torch, which refuses where a model was running when the payload was made.
+                payload.numpy()[:] = staged.numpy()
                 self.fills = None
         return self._sum
 

@@ -48,7 +48,8 @@ def total_of(move: DeviceMove) -> int:
 def test_payloads_are_those_of_the_host(where: str) -> None:
     payload, expected = expected_payload(1)
     mover = DeviceMover(filled_cache(1))
-    found = torch.empty(SIZE, dtype=torch.uint8, device=where)
+    with torch.inference_mode():  # as a payload is that is made between two layers of a model
+        found = torch.empty(SIZE, dtype=torch.uint8, device=where)
     assert total_of(mover.pack(mover.table(PAGES, 500), REGION, found)) == expected
     assert torch.equal(found.cpu(), payload)
 
