@@ -9,7 +9,7 @@
       |<---------------------------------------- StepTokens  |   one message a step, all of a router's requests
       | Cancel ----------------+---------------------------->|
       | Heartbeat -------------+---------------------------->|   keeps this router's requests leased
-      |<------------------ EngineStats ----------------------|
+      |<------------ EngineStats, PrefixUpdate --------------|
 
 Every message about a request carries its id and attempt; receivers ignore attempts that they do not know. `Failed`
 ends the attempt on the engine that sends it. Durations are in seconds; nobody compares clocks.
@@ -201,9 +201,27 @@ class Cancel:
 @message
 @dataclass(frozen=True)
 class Heartbeat:
-    """From a router: its requests are alive for another lease. Answered with EngineStats."""
+    """From a router: its requests are alive for another lease. Answered with EngineStats.
+
+    `prefix_version` is that of what it knows of the engine's cache; a PrefixUpdate follows where there is news.
+    """
 
     router: str
+    prefix_version: int = 0
+
+
+@message
+@dataclass(frozen=True)
+class EngineSpeed:
+    """How fast an engine has been lately, and what lies before it; 0 where it has not been seen at it.
+
+    `pending_tokens`: prompt tokens that it has yet to compute. `step_s`: of a decode step, while any was running.
+    """
+
+    pending_tokens: int = 0
+    prefill_tokens_per_s: float = 0.0
+    step_s: float = 0.0
+    slots: int = 0
 
 
 @message
@@ -218,6 +236,23 @@ class EngineStats:
     free_tokens: int
     total_tokens: int
     preemptions: int
+    speed: EngineSpeed
+
+
+@message
+@dataclass(frozen=True)
+class PrefixUpdate:
+    """What an engine's prefix cache `stored` and `evicted` since version `since`; since 0, all that it holds.
+
+    Both are digests of `cluster/prefix.py`, one behind another, for pages of the engine's layout.
+    """
+
+    engine: str
+    incarnation: str
+    since: int
+    version: int
+    stored: bytes
+    evicted: bytes
 
 
 @message

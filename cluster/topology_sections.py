@@ -81,10 +81,17 @@ class Hosts(Section):
 
 
 class Slo(Section):
-    """Latency objectives that placement aims at."""
+    """Latency objectives; none if unset."""
 
-    ttft_s: Seconds = Field(default=2.0, description="time to first token, in seconds")
-    tpot_s: Seconds = Field(default=0.2, description="time per output token after the first, in seconds")
+    ttft_s: Seconds | None = Field(
+        default=None,
+        description="time to first token, in seconds; what is predicted to miss it is refused at once",
+    )
+    tpot_s: Seconds | None = Field(
+        default=None,
+        description="time per output token after the first, in seconds; "
+        "decode engines whose steps would take longer come after all others",
+    )
 
 
 class Router(Section):
@@ -95,8 +102,10 @@ class Router(Section):
         default=None, description="the same for OpenAI's HTTP API, such as 127.0.0.1:8000; none if unset"
     )
     replicas: int = Field(default=1, ge=1, le=64, validate_default=True, description="number of routers")
-    policy: Literal["round_robin", "least_load"] = Field(
-        default="least_load", description="how engines are picked: in turn, or the least loaded"
+    policy: Literal["kv_aware", "least_load", "round_robin"] = Field(
+        default="kv_aware",
+        description="how engines are picked: by what they have cached, how fast they are and what lies before them; "
+        "by the number of their requests; in turn",
     )
     max_queue: int = Field(
         default=256, ge=0, le=1_000_000, description="requests that may wait before new ones are refused"

@@ -28,11 +28,13 @@ from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import (
     Busy,
     Cancel,
+    EngineSpeed,
     EngineStats,
     Failed,
     Granted,
     HandOff,
     Joined,
+    PrefixUpdate,
     Reserve,
     SampleToken,
     StepTokens,
@@ -41,6 +43,7 @@ from splitserve.decode_worker.inlet import KvInlet, Landed, Lost
 from splitserve.decode_worker.slots import Slots
 from splitserve.decode_worker.steps import Outcome, Steps
 from splitserve.engine.block_manager import BlockManager, BlockTable
+from splitserve.engine.pace import StepTime
 from splitserve.engine.ranks import CopyPages, Ranks
 from splitserve.engine.sequence import ModelLimits, Sequence
 from splitserve.engine.serving import Send
@@ -96,6 +99,7 @@ class DecodeEngine:
         self._limits, self._send, self._clock = limits, send, clock
         self._requests: dict[str, _Request] = {}
         self._slots = Slots(blocks, limits.slots)
+        self._step_time = StepTime(clock)
 
     def handle(self, router: bytes, item: object) -> None:
         match item:
@@ -109,11 +113,15 @@ class DecodeEngine:
     def step(self) -> bool:
         """Let landed requests join, give every running sequence room, run the model once, send the new tokens."""
         self._settle_transfers()
+        self._step_time.began()
         launched = self._steps.has_room and self._steps.launch(self._slots.schedule())
         outcomes = self._steps.results()
+        if outcomes:
+            self._step_time.ended()
         self._advance(outcomes)
         if launched or outcomes or self._steps.under_way:
             return True
+        self._step_time.rested()
         self._fail_deadlocked()
         return self._ranks.busy
 
@@ -143,7 +151,11 @@ class DecodeEngine:
             free_tokens=self._blocks.free_pages * self._blocks.page_size,
             total_tokens=self._blocks.num_pages * self._blocks.page_size,
             preemptions=self._slots.preemptions,
+            speed=EngineSpeed(step_s=self._step_time.seconds if self._slots.running else 0.0, slots=self._limits.slots),
         )
+
+    def prefix_update(self, since: int) -> PrefixUpdate | None:
+        return self._blocks.prefixes.update(self._name, self._incarnation, since)
 
     def _reserve(self, router: bytes, item: Reserve) -> None:
         try:

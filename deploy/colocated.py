@@ -8,7 +8,7 @@ from dataclasses import replace
 from splitserve.cluster.channel import Socket
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.layout import KvLayout
-from splitserve.cluster.messages import Cancel, EngineStats, HandOff, Prefill, Reserve, Ticket
+from splitserve.cluster.messages import Cancel, EngineStats, HandOff, Prefill, PrefixUpdate, Reserve, Ticket
 from splitserve.decode_worker.engine import DecodeEngine
 from splitserve.decode_worker.inlet import Landed, Lost
 from splitserve.engine.batch import Batch
@@ -117,4 +117,8 @@ class ColocatedEngine:
     def stats(self) -> EngineStats:
         prefill, decode = self._prefill.stats(), self._decode.stats()
         running, waiting = prefill.running + decode.running, prefill.waiting + decode.waiting
-        return replace(decode, role="colocated", running=running, waiting=waiting)
+        speed = replace(prefill.speed, step_s=decode.speed.step_s, slots=decode.speed.slots)
+        return replace(decode, role="colocated", running=running, waiting=waiting, speed=speed)
+
+    def prefix_update(self, since: int) -> PrefixUpdate | None:
+        return self._decode.prefix_update(since)  # they share their pages

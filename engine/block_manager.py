@@ -6,22 +6,19 @@
       +------------ evicted, least recently used first ------------- idle <-+--------+
                              `--> host memory, where there is room, and back on a hit
 
-A page's hash covers its tokens and everything before them, chained page by page from a root that covers the extra
-keys (an adapter's name, an image's content hash), so equal hashes mean equal KV. Only full pages have one, and only
-after their KV is written.
+Pages are found by the digests of `cluster/prefix.py`. Only full pages have one, and only after their KV is written.
 """
 
 from __future__ import annotations
 
-from array import array
+import itertools
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 
+from splitserve.cluster.prefix import page_digest, page_digests, root_digest
 from splitserve.engine.host_pages import HostPages
-
-DIGEST_BYTES = 16
+from splitserve.engine.prefix_log import PrefixLog
 
 
 @dataclass(eq=False)
@@ -42,6 +39,7 @@ class BlockManager:
     """Hands out `num_pages` pages of `page_size` tokens, shares full ones by refcount, and reuses cached prefixes.
 
     Cached pages that are handed out for something else are saved to `host` before, and loaded from there on a hit.
+    `prefixes` tells what is cached, here or there.
     """
 
     def __init__(
@@ -52,6 +50,7 @@ class BlockManager:
         self.num_pages = num_pages
         self.page_size = page_size
         self.host = host or HostPages(0, lambda saves, loads: None)
+        self.prefixes: PrefixLog = self.host.prefixes
         self._prefix_cache = prefix_cache
         self._refcounts = [0] * num_pages
         self._blank = list(range(num_pages - 1, -1, -1))
@@ -81,7 +80,7 @@ class BlockManager:
         if not token_ids:
             raise ValueError("token_ids: found none; a sequence has at least one token")
         limit = len(token_ids) - 1 if max_cached_tokens is None else min(max_cached_tokens, len(token_ids) - 1)
-        table = BlockTable([], 0, [], _root_digest(extra_keys))
+        table = BlockTable([], 0, [], root_digest(extra_keys))
         hits = self._match(table, token_ids, limit // self.page_size) if self._prefix_cache else []
         shared = [page for page, _ in hits if page is not None]
         missing = self.pages_for(len(token_ids)) - len(shared)
@@ -95,6 +94,14 @@ class BlockManager:
         table.pages += taken
         table.cached_tokens = len(hits) * self.page_size
         return table
+
+    def cached_tokens(self, token_ids: Sequence[int], extra_keys: tuple[str, ...] = ()) -> int:
+        """How many leading tokens `allocate` would find in the cache now."""
+        if not self._prefix_cache:
+            return 0
+        digests = page_digests(token_ids, self.page_size, extra_keys)
+        found = itertools.takewhile(lambda digest: digest in self._page_of or digest in self.host, digests)
+        return sum(1 for _ in found) * self.page_size
 
     def append(self, table: BlockTable, num_tokens: int) -> bool:
         """Grow `table` to hold `num_tokens` tokens in all; False when there is no room (nothing changes then)."""
@@ -179,11 +186,11 @@ class BlockManager:
     def _name(self, page: int, digest: bytes) -> None:
         self._page_of[digest] = page
         self._digest_of[page] = digest
+        self.prefixes.add(digest)
 
     def _page_digest(self, table: BlockTable, token_ids: Sequence[int], index: int) -> bytes:
         parent = table.digests[index - 1] if index else table.root
-        tokens = array("q", token_ids[index * self.page_size : (index + 1) * self.page_size])
-        return blake2b(parent + tokens.tobytes(), digest_size=DIGEST_BYTES).digest()
+        return page_digest(parent, token_ids[index * self.page_size : (index + 1) * self.page_size])
 
     def _share(self, page: int) -> None:
         self._idle.pop(page, None)
@@ -201,6 +208,7 @@ class BlockManager:
                 del self._page_of[digest]
                 if (place := self.host.keep(digest, spared)) is not None:
                     saves.append((page, place))
+                self.prefixes.remove(digest)
             self._refcounts[page] = 1
             pages.append(page)
         if saves:
@@ -210,12 +218,3 @@ class BlockManager:
     def _check_live(self, table: BlockTable) -> None:
         if table.freed:
             raise ValueError("this block table was freed before")
-
-
-def _root_digest(extra_keys: tuple[str, ...]) -> bytes:
-    # Lengths in front keep ("ab", "c") and ("a", "bc") apart.
-    root = blake2b(digest_size=DIGEST_BYTES)
-    for key in extra_keys:
-        data = key.encode()
-        root.update(len(data).to_bytes(8, "little") + data)
-    return root.digest()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 
+from splitserve.engine.prefix_log import PrefixLog
+
 Pairs = Sequence[tuple[int, int]]
 Move = Callable[[Pairs, Pairs], object]
 
@@ -20,17 +22,21 @@ class HostPages:
         self.move = move
         self._free = list(range(capacity - 1, -1, -1))
         self._place_of: OrderedDict[bytes, int] = OrderedDict()
+        self.prefixes = PrefixLog()
 
     @property
     def cached(self) -> int:
         """Cached pages that lie here."""
         return len(self._place_of)
 
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._place_of
+
     def park(self, pages: Sequence[int]) -> list[int] | None:
         """Save `pages`, and return their places; None when there is no room."""
         if len(pages) > len(self._free) + len(self._place_of):
             return None
-        places = [self._free.pop() if self._free else self._place_of.popitem(last=False)[1] for _ in pages]
+        places = [self._free.pop() if self._free else self._evict(next(iter(self._place_of))) for _ in pages]
         self.move(list(zip(pages, places, strict=True)), ())
         return places
 
@@ -62,6 +68,11 @@ class HostPages:
             victim = next((known for known, place in self._place_of.items() if place not in spared), None)
             if victim is None:
                 return None
-            place = self._place_of.pop(victim)
+            place = self._evict(victim)
         self._place_of[digest] = place
+        self.prefixes.add(digest)
         return place
+
+    def _evict(self, digest: bytes) -> int:
+        self.prefixes.remove(digest)
+        return self._place_of.pop(digest)

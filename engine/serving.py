@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from splitserve.cluster.channel import Socket, WorkerChannel, wait
-from splitserve.cluster.messages import EngineStats, Heartbeat
+from splitserve.cluster.messages import EngineStats, Heartbeat, PrefixUpdate
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,9 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats: ...
 
+    def prefix_update(self, since: int) -> PrefixUpdate | None:
+        """How the prefix cache has changed since version `since`; None where it has not."""
+
 
 def serve(engine: Engine, channel: WorkerChannel, stop: threading.Event, lease_s: float) -> None:
     """Serve until `stop` is set. A router that is silent for `lease_s` loses its requests."""
@@ -48,6 +51,8 @@ def serve(engine: Engine, channel: WorkerChannel, stop: threading.Event, lease_s
             leases.renew(router, time.monotonic())
             if isinstance(item, Heartbeat):
                 channel.send(router, engine.stats())
+                if (update := engine.prefix_update(item.prefix_version)) is not None:
+                    channel.send(router, update)
             else:
                 engine.handle(router, item)
         if time.monotonic() >= next_round:

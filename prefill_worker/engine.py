@@ -27,17 +27,20 @@ from splitserve.cluster.errors import (
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import (
     Cancel,
+    EngineSpeed,
     EngineStats,
     Failed,
     FirstToken,
     HandOff,
     Prefill,
+    PrefixUpdate,
     SampleToken,
     TokenLogprobs,
 )
 from splitserve.engine.batch import Batch, Chunk
 from splitserve.engine.block_manager import BlockManager
 from splitserve.engine.device_sampler import PendingTokens, TokenChooser
+from splitserve.engine.pace import Throughput
 from splitserve.engine.ranks import Ranks
 from splitserve.engine.sampler import prompt_logprobs
 from splitserve.engine.sequence import ModelLimits, Sequence
@@ -64,6 +67,7 @@ class _Request:
     message: Prefill
     sequence: Sequence
     arrived: float
+    uncached: int
     started: float = 0.0
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
@@ -78,6 +82,8 @@ class _Launched:
 
     prompts: list[tuple[_Request, list[Sequence]]]
     tokens: PendingTokens
+    prompt_tokens: int
+    began: float
 
 
 class PrefillEngine:
@@ -103,6 +109,7 @@ class PrefillEngine:
         self._running: list[_Request] = []
         self._sending: dict[str, _Request] = {}
         self._under_way: deque[_Launched] = deque()
+        self._throughput = Throughput(clock)
 
     def handle(self, router: bytes, item: object) -> None:
         match item:
@@ -156,11 +163,16 @@ class PrefillEngine:
             free_tokens=self._blocks.free_pages * self._blocks.page_size,
             total_tokens=self._blocks.num_pages * self._blocks.page_size,
             preemptions=0,
+            speed=EngineSpeed(self._to_compute(), self._throughput.tokens_per_s),
         )
+
+    def prefix_update(self, since: int) -> PrefixUpdate | None:
+        return self._blocks.prefixes.update(self._name, self._incarnation, since)
 
     def _submit(self, router: bytes, item: Prefill) -> None:
         sequence = Sequence.of(item, 0, self._limits.model)
-        request = _Request(router, item, sequence, self._clock())
+        uncached = len(item.token_ids) - self._blocks.cached_tokens(item.token_ids, item.extra_keys)
+        request = _Request(router, item, sequence, self._clock(), uncached)
         try:
             self._check(item)
         except SplitserveError as error:
@@ -203,6 +215,10 @@ class PrefillEngine:
             request.sequence.computed_tokens = table.cached_tokens
             self._running.append(request)
 
+    def _to_compute(self) -> int:
+        """Prompt tokens of all that wait and run, less what was cached of them when they came."""
+        return self._pending_tokens() + sum(request.uncached for request in self._waiting)
+
     def _pending_tokens(self) -> int:
         return sum(request.sequence.pending_tokens for request in self._running)
 
@@ -212,6 +228,7 @@ class PrefillEngine:
 
     def _launch(self, chunks: list[tuple[_Request, int]]) -> _Launched:
         """Compute `chunks` and choose the first tokens of the prompts that end with them."""
+        began = self._clock()
         batch = Batch.of([Chunk(request.sequence, size, _wanted_logits(request, size)) for request, size in chunks])
         written = [(request.transfer_id, request.sequence.computed_tokens + size) for request, size in chunks]
         logits: torch.Tensor = self._ranks.execute(self._outlet.run_command(batch, written))
@@ -228,7 +245,8 @@ class PrefillEngine:
                 prompts.append((request, _samples(request)))
                 rows += [row - 1] * request.message.params.n
         samples = [sample for _, samples in prompts for sample in samples]
-        return _Launched(prompts, self._chooser.choose(logits[to_device(rows, logits.device)], samples))
+        tokens = self._chooser.choose(logits[to_device(rows, logits.device)], samples)
+        return _Launched(prompts, tokens, sum(size for _, size in chunks), began)
 
     def _note_prompt_logprobs(self, request: _Request, size: int, rows: torch.Tensor) -> None:
         sequence, top = request.sequence, request.message.params.prompt_logprobs
@@ -239,6 +257,7 @@ class PrefillEngine:
     def _finish(self, launched: _Launched) -> None:
         """Answer the routers with the first tokens at once; the KV follows."""
         chosen = iter(launched.tokens.wait())
+        self._throughput.batch_ended(launched.prompt_tokens, launched.began)
         for request, samples in launched.prompts:
             tokens = [(sample, next(chosen)) for sample in samples]
             if request not in self._running:

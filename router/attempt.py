@@ -22,7 +22,8 @@ from splitserve.router.policy import Placement
 class Attempt:
     """Number `number` of a request, for `samples` with consecutive indices that stand at the same token.
 
-    `reply` is the decode engine's answer. `joined`: decode has all that it needs of prefill.
+    `reply` is the decode engine's answer. `joined`: decode has all that it needs of prefill. `uncached`:
+    how many tokens prefill is expected to compute.
     """
 
     def __init__(
@@ -33,8 +34,9 @@ class Attempt:
         samples: Sequence[SampleOutput],
         prompt: list[int],
         params: SamplingParams,
+        uncached: int,
     ) -> None:
-        self.number, self.placement, self.samples = number, placement, samples
+        self.number, self.placement, self.samples, self.uncached = number, placement, samples, uncached
         self.reply: asyncio.Future[Granted | Busy] = asyncio.get_running_loop().create_future()
         self.joined = False
         self._request_id = request_id

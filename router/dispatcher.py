@@ -15,13 +15,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 from splitserve.cluster.channel import KV_IDLE_S, CurveKeys
-from splitserve.cluster.errors import DeadlineExceeded, GivenUp, SplitserveError
+from splitserve.cluster.errors import DeadlineExceeded, GivenUp, Overloaded, SplitserveError
 from splitserve.cluster.messages import (
     Busy,
     Cancel,
@@ -39,7 +40,7 @@ from splitserve.router.attempt import Attempt, by_attempt
 from splitserve.router.detokenizer import Detokenizer
 from splitserve.router.engines import Engines
 from splitserve.router.output_buffer import Answered, SampleOutput
-from splitserve.router.policy import Placement, place
+from splitserve.router.policy import EngineView, Placement, Wanted, lateness, place
 from splitserve.router.request import MOST_LOSSES, Chunk, Request, Summary
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Dispatcher:
         self.admission = Admission(settings.max_queue, settings.max_active)
         self.engines = Engines(identity, keys, worker_timeout_s, self._on_message, self._on_lost)
         self._identity = identity
-        self._policy = settings.policy
+        self._policy, self._slo = settings.policy, settings.slo
         self._new_detokenizer = new_detokenizer
         self._requests: dict[str, Request] = {}
         self._ids = itertools.count(1)
@@ -141,14 +142,31 @@ class Dispatcher:
             untried = [view for view in decodes if view.engine not in refusals]
             if not prefills or not untried:
                 return min(refusals.values(), default=NO_WORKER_RETRY_S)
+            wanted = self._wanted(request, samples[0])
             counter, linked = next(self._placements), self._linked()
-            attempt = request.attempt(samples, place(prefills, untried, self._policy, counter, linked, request.broken))
-            source, decode = self.engines.layout(attempt.placement.prefill), attempt.placement.decode
-            self.engines.place(decode, attempt.reserve(source, request.remaining_s))
+            placement = place(prefills, untried, self._policy, counter, wanted, linked)
+            self._refuse_late(request, next(one for one in prefills if one.engine == placement.prefill), wanted)
+            attempt = request.attempt(samples, placement, wanted.uncached(placement.prefill))
+            source, decode = self.engines.layout(placement.prefill), placement.decode
+            lacking = 0 if decode == placement.prefill else wanted.uncached(decode)
+            self.engines.place(decode, attempt.reserve(source, request.remaining_s), lacking)
             reply = await attempt.reply
             if isinstance(reply, Granted):
                 return attempt
             refusals[decode] = reply.retry_after_s
+
+    def _wanted(self, request: Request, sample: SampleOutput) -> Wanted:
+        token_ids = request.tokens_of(sample)
+        cached = self.engines.prefixes.cached_tokens(token_ids) if self._policy == "kv_aware" else {}
+        return Wanted(len(token_ids), cached, request.broken, self._slo.tpot_s or math.inf)
+
+    def _refuse_late(self, request: Request, prefill: EngineView, wanted: Wanted) -> None:
+        """What would have its first token too late is better told at once. What goes on from earlier is not refused."""
+        if request.placement.decode or request.losses:
+            return
+        limit_s = min(request.remaining_s, (self._slo.ttft_s or math.inf) - request.waited_s)
+        if late_s := lateness(prefill, wanted, limit_s):
+            raise Overloaded(f"the first token is predicted {late_s:.1f} s too late", late_s)
 
     def _linked(self) -> dict[Placement, float]:
         """Pairs of engines with a way for KV that is still open."""
@@ -161,7 +179,7 @@ class Dispatcher:
             return  # lost since it was granted: others go on already
         request.timeline.placed()
         self._links[attempt.placement] = time.monotonic()
-        self.engines.place(attempt.placement.prefill, attempt.prefill(request.remaining_s))
+        self.engines.place(attempt.placement.prefill, attempt.prefill(request.remaining_s), attempt.uncached)
 
     def _cancel(self, attempt: Attempt, sample: int | None = None) -> None:
         for engine in set(attempt.placement):

@@ -10,8 +10,9 @@ from typing import Any
 
 from splitserve.cluster.channel import CurveKeys, RouterChannel
 from splitserve.cluster.layout import KvLayout
-from splitserve.cluster.messages import EngineStats, Heartbeat, Member, Prefill, Reserve
+from splitserve.cluster.messages import EngineSpeed, EngineStats, Heartbeat, Member, Prefill, PrefixUpdate, Reserve
 from splitserve.router.policy import EngineView
+from splitserve.router.prefix_index import PrefixIndex
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +29,22 @@ class Engine:
         self.stats: EngineStats | None = None
         self.last_seen = time.monotonic()
         self.ready = False
-        self.placed = 0  # requests given to it since its last stats
+        self.placed = self.placed_tokens = 0  # requests given to it since its last stats, and what they lack
         self.tasks: list[asyncio.Task[None]] = []
 
     @property
-    def load(self) -> int:
-        """Requests that it runs or has waiting, as far as known."""
-        return self.placed + (self.stats.running + self.stats.waiting if self.stats else 0)
+    def view(self) -> EngineView:
+        """What placement needs to know of it."""
+        stats = self.stats
+        return EngineView(
+            engine=self.member.engine,
+            role=self.member.role,
+            load=self.placed + (stats.running + stats.waiting if stats else 0),
+            placed=self.placed,
+            placed_tokens=self.placed_tokens,
+            free_tokens=stats.free_tokens if stats else 0,
+            speed=stats.speed if stats else EngineSpeed(),
+        )
 
     def close(self) -> None:
         for task in self.tasks:
@@ -62,6 +72,7 @@ class Engines:
         self._timeout_s = timeout_s
         self._on_message = on_message
         self._on_lost = on_lost
+        self.prefixes = PrefixIndex()
         self._engines: dict[str, Engine] = {}
         self._sends: set[asyncio.Task[None]] = set()
 
@@ -75,6 +86,7 @@ class Engines:
             if wanted.get(name) != engine.member:
                 del self._engines[name]
                 engine.close()
+                self.prefixes.remove(name)
                 self._on_lost(name, "restarted" if name in wanted else "left the cluster")
         for name, member in wanted.items():
             if name not in self._engines:
@@ -87,16 +99,13 @@ class Engines:
     def views(self, *roles: str) -> list[EngineView]:
         """The engines of these roles that can take requests, by name."""
         ready = [engine for name, engine in sorted(self._engines.items()) if engine.ready]
-        return [
-            EngineView(engine.member.engine, engine.member.role, engine.load)
-            for engine in ready
-            if engine.member.role in roles
-        ]
+        return [engine.view for engine in ready if engine.member.role in roles]
 
-    def place(self, name: str, message: Reserve | Prefill) -> None:
-        """Send a request to engine `name`, and count it in its load until its next stats."""
+    def place(self, name: str, message: Reserve | Prefill, tokens: int) -> None:
+        """Send a request to engine `name`. Until its next stats it counts in its load, with the `tokens` it lacks."""
         if name in self._engines:
             self._engines[name].placed += 1
+            self._engines[name].placed_tokens += tokens
         self.send(name, message)
 
     def send(self, name: str, message: object) -> None:
@@ -116,6 +125,7 @@ class Engines:
         self._engines.clear()
 
     def _connect(self, member: Member) -> Engine:
+        self.prefixes.add(member.engine, member.layout.page_size)
         engine = Engine(member, RouterChannel(member.address, self._identity.encode(), self._keys))
         engine.tasks = [asyncio.ensure_future(self._listen(engine)), asyncio.ensure_future(self._watch(engine))]
         return engine
@@ -126,6 +136,8 @@ class Engines:
                 message = await engine.channel.receive()
                 if type(message) is EngineStats:
                     self._heard(engine, message)
+                elif type(message) is PrefixUpdate:
+                    self._learn(engine, message)
                 else:
                     self._on_message(engine.member.engine, message)
             await asyncio.sleep(0)
@@ -133,7 +145,8 @@ class Engines:
     async def _watch(self, engine: Engine) -> None:
         """Send heartbeats, and notice silence."""
         while True:
-            await engine.channel.send(Heartbeat(self._identity))
+            version = self.prefixes.version(engine.member.engine)
+            await engine.channel.send(Heartbeat(self._identity, version))
             await asyncio.sleep(min(HEARTBEAT_S, self._timeout_s / 6))
             silent_s = time.monotonic() - engine.last_seen
             if engine.ready and silent_s > self._timeout_s:
@@ -144,9 +157,13 @@ class Engines:
             if engine.ready:
                 self._lose(engine, "restarted")
             return
-        engine.stats, engine.placed = stats, 0
+        engine.stats, engine.placed, engine.placed_tokens = stats, 0, 0
         engine.last_seen = time.monotonic()
         engine.ready = True
+
+    def _learn(self, engine: Engine, news: PrefixUpdate) -> None:
+        if (news.engine, news.incarnation) == (engine.member.engine, engine.member.incarnation):
+            self.prefixes.update(news)
 
     def _lose(self, engine: Engine, reason: str) -> None:
         engine.ready = False

@@ -21,6 +21,7 @@ from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import (
     Busy,
     Cancel,
+    EngineSpeed,
     EngineStats,
     Failed,
     FinishReason,
@@ -165,7 +166,7 @@ class FakeEngine:
     def _stats(self) -> EngineStats:
         member, running = self.member, len(self.jobs)
         return EngineStats(
-            member.engine, member.incarnation, member.role, LAYOUT, running, 0, 10_000 - running, 10_000, 0
+            member.engine, member.incarnation, member.role, LAYOUT, running, 0, 10_000, 10_000, 0, EngineSpeed()
         )
 
     def _reserve(self, router: bytes, message: Reserve) -> None:

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-Policy = Literal["round_robin", "least_load"]
+from splitserve.cluster.messages import EngineSpeed
+
+Policy = Literal["kv_aware", "least_load", "round_robin"]
+
+ANSWER_TOKENS = 128  # that an answer is taken to have: how many it will have, nobody knows
+IDLE_ROWS = 16  # a decode step of this many rows takes about twice as long as one of one row
+NEW_LINK_S = 0.005  # what KV may be late by when it is the first to go between two engines
+TIE_S = 0.002  # costs that differ by less are equal, and engines take turns
 
 
 @dataclass(frozen=True)
 class EngineView:
-    """One engine that can take requests. `load` counts the requests it runs or has waiting."""
+    """One engine that can take requests. `load` counts the requests it runs or has waiting.
+
+    `placed` of these were placed since it last spoke, with `placed_tokens` prompt tokens to compute. `free_tokens` is
+    the KV room that it has left, as it last said.
+    """
 
     engine: str
     role: Literal["prefill", "decode", "colocated"]
     load: int
+    placed: int = 0
+    placed_tokens: int = 0
+    free_tokens: int = 0
+    speed: EngineSpeed = field(default_factory=EngineSpeed)
 
 
 class Placement(NamedTuple):
@@ -25,43 +41,120 @@ class Placement(NamedTuple):
     decode: str = ""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be placed: a prompt of `tokens`, of which engines have some `cached`, by name.
+
+    Between pairs of `broken` its KV was lost before. The decode step should take at most `tpot_s` seconds.
+    """
+
+    tokens: int = 1
+    cached: Mapping[str, int] = field(default_factory=dict)
+    broken: Collection[Placement] = ()
+    tpot_s: float = float("inf")
+
+    def uncached(self, engine: str) -> int:
+        """Tokens that `engine` would have to compute, or to receive."""
+        return max(self.tokens - self.cached.get(engine, 0), 1)
+
+
 def place(
     prefills: Sequence[EngineView],
     decodes: Sequence[EngineView],
     policy: Policy,
     counter: int,
+    wanted: Wanted,
     linked: Collection[Placement] = (),
-    broken: Collection[Placement] = (),
 ) -> Placement:
-    """Choose engines, neither list being empty. `counter` grows by one per choice.
+    """Choose engines, neither list being empty. `counter` grows by one per choice; engines that are equal take turns.
 
-    `linked` are those that KV has gone between lately: by least load, of prefill engines that are equally loaded one
-    that is linked with decode's engine comes first, so that few links are made. `broken` ones are
+    `kv_aware` takes the decode engine that is predicted to be done first, then the prefill engine that is predicted to
+    have the first token first; `least_load` those with the fewest requests. `linked` are pairs that KV has gone between
+    lately: where it matters little one of them is taken, so that few links are made. Pairs of `wanted.broken` are
     chosen where there are no others. A colocated engine does both itself.
 
     >>> idle, busy = EngineView("decode/0/0", "decode", 1), EngineView("decode/1/0", "decode", 7)
-    >>> place([EngineView("prefill/0/0", "prefill", 0)], [busy, idle], "least_load", 0).decode
+    >>> place([EngineView("prefill/0/0", "prefill", 0)], [busy, idle], "least_load", 0, Wanted()).decode
     'decode/0/0'
     """
-    if broken:
-        decodes = [
-            each for each in decodes if any((one.engine, each.engine) not in broken for one in prefills)
-        ] or decodes
-    decode = _in_turn(decodes if policy == "round_robin" else _least_loaded(decodes), counter)
-    if broken:
-        prefills = [one for one in prefills if (one.engine, decode.engine) not in broken] or prefills
-    if policy == "round_robin":
-        prefill = _in_turn(prefills, counter)
-    else:
-        least = _least_loaded(prefills)
-        prefill = _in_turn([one for one in least if (one.engine, decode.engine) in linked] or least, counter)
-    return Placement(decode.engine if decode.role == "colocated" else prefill.engine, decode.engine)
+    broken = wanted.broken
+    decodes = [each for each in decodes if any((one.engine, each.engine) not in broken for one in prefills)] or decodes
+    decode = _cheapest(decodes, _decode_costs(policy, decodes, wanted), counter)
+    if decode.role == "colocated":
+        return Placement(decode.engine, decode.engine)
+    prefills = [one for one in prefills if (one.engine, decode.engine) not in broken] or prefills
+    near = {one.engine for one in prefills if (one.engine, decode.engine) in linked}
+    prefill = _cheapest(prefills, _prefill_costs(policy, prefills, wanted, near), counter)
+    return Placement(prefill.engine, decode.engine)
 
 
-def _in_turn(engines: Sequence[EngineView], counter: int) -> EngineView:
-    return engines[counter % len(engines)]
+def predicted_ttfts(prefills: Sequence[EngineView], wanted: Wanted) -> dict[str, float]:
+    """Seconds to the first token on each prefill engine: for what waits there, and what it lacks of the prompt.
+
+    An engine that has computed nothing yet is taken to be as fast as the fastest one; where all are new, in tokens.
+    """
+    fastest = max(one.speed.prefill_tokens_per_s for one in prefills) or 1.0
+    return {
+        one.engine: (one.speed.pending_tokens + one.placed_tokens + wanted.uncached(one.engine))
+        / (one.speed.prefill_tokens_per_s or fastest)
+        for one in prefills
+    }
 
 
-def _least_loaded(engines: Sequence[EngineView]) -> list[EngineView]:
-    least = min(engine.load for engine in engines)
-    return [engine for engine in engines if engine.load == least]
+def lateness(prefill: EngineView, wanted: Wanted, limit_s: float) -> float:
+    """By how many seconds the first token is predicted to come after `limit_s`; 0 for an engine that is still new."""
+    if not prefill.speed.prefill_tokens_per_s:
+        return 0.0
+    return max(predicted_ttfts([prefill], wanted)[prefill.engine] - limit_s, 0.0)
+
+
+def predicted_answer_times(decodes: Sequence[EngineView], wanted: Wanted) -> dict[str, float]:
+    """Seconds that an answer of ANSWER_TOKENS takes on each decode engine.
+
+    A step grows with its rows, from what it took lately. What finds no slot or no KV room waits for about one answer
+    more. One more is counted, too, where steps would be longer than `wanted.tpot_s`: such an engine comes last.
+    """
+    known = [one.speed.step_s / (one.load - one.placed + IDLE_ROWS) for one in decodes if one.speed.step_s]
+    row_s = statistics.median(known) if known else 1e-6
+    times = {}
+    for one in decodes:
+        own_s = one.speed.step_s / (one.load - one.placed + IDLE_ROWS) if one.speed.step_s else row_s
+        step_s = own_s * (one.load + 1 + IDLE_ROWS)
+        waits = max(one.load + 1 - one.speed.slots, 0) / one.speed.slots if one.speed.slots else 0.0
+        waits += wanted.uncached(one.engine) > one.free_tokens - one.placed_tokens
+        waits += step_s > wanted.tpot_s
+        times[one.engine] = ANSWER_TOKENS * step_s * (1 + waits)
+    return times
+
+
+def _decode_costs(policy: Policy, decodes: Sequence[EngineView], wanted: Wanted) -> dict[str, float]:
+    match policy:
+        case "kv_aware":
+            times = predicted_answer_times(decodes, wanted)
+            if decodes[0].role == "colocated":
+                ttfts = predicted_ttfts(decodes, wanted)
+                times = {name: time + ttfts[name] for name, time in times.items()}
+            return {name: time // TIE_S for name, time in times.items()}
+        case "least_load":
+            return {one.engine: one.load for one in decodes}
+        case "round_robin":
+            return dict.fromkeys((one.engine for one in decodes), 0)
+
+
+def _prefill_costs(
+    policy: Policy, prefills: Sequence[EngineView], wanted: Wanted, near: Collection[str]
+) -> dict[str, float]:
+    match policy:
+        case "kv_aware":
+            ttfts = predicted_ttfts(prefills, wanted)
+            return {name: (ttft + NEW_LINK_S * (name not in near)) // TIE_S for name, ttft in ttfts.items()}
+        case "least_load":
+            return {one.engine: one.load + 0.5 * (one.engine not in near) for one in prefills}
+        case "round_robin":
+            return dict.fromkeys((one.engine for one in prefills), 0)
+
+
+def _cheapest(engines: Sequence[EngineView], costs: Mapping[str, float], counter: int) -> EngineView:
+    least = min(costs.values())
+    equal = [engine for engine in engines if costs[engine.engine] == least]
+    return equal[counter % len(equal)]

@@ -87,6 +87,11 @@ class Request:
         return max(self._deadline - time.monotonic(), 0.0)
 
     @property
+    def waited_s(self) -> float:
+        """Seconds since it arrived."""
+        return self.timeline.age_s
+
+    @property
     def finished(self) -> bool:
         """Whether every sample has its last token and all has been taken by `chunk`."""
         return self._output.drained
@@ -110,11 +115,15 @@ class Request:
             return f"decoding on {self.placement.decode}"
         return f"between {self.placement.prefill} and {self.placement.decode}"
 
-    def attempt(self, samples: Sequence[SampleOutput], placement: Placement) -> Attempt:
-        """Go to engines with `samples`, for what they do not have yet."""
+    def tokens_of(self, sample: SampleOutput) -> list[int]:
+        """All tokens of `sample` so far, the prompt's first."""
+        return self._token_ids + sample.token_ids
+
+    def attempt(self, samples: Sequence[SampleOutput], placement: Placement, uncached: int) -> Attempt:
+        """Go to engines with `samples`, for what they do not have yet; prefill has to compute `uncached` tokens."""
         self._last_attempt += 1
         params = self._params if self._cached_tokens is None else replace(self._params, prompt_logprobs=None)
-        attempt = Attempt(self.id, self._last_attempt, placement, samples, self._token_ids, params)
+        attempt = Attempt(self.id, self._last_attempt, placement, samples, self._token_ids, params, uncached)
         self._attempts[attempt.number] = attempt
         self.placement = placement
         return attempt

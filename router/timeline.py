@@ -31,6 +31,11 @@ class Timeline:
         self._prefill_queue_s = 0.0
         self._prefill_s = 0.0
 
+    @property
+    def age_s(self) -> float:
+        """Seconds since the request arrived."""
+        return time.monotonic() - self._arrived
+
     def placed(self) -> None:
         """Decode has granted room and prefill has been asked."""
         self._placed = time.monotonic()

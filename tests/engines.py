@@ -119,11 +119,14 @@ class InProcessCluster:
         self._goes_on[name] = (first_sample, output_tokens)
         self._reserve(name)
 
-    def run(self, timeout_s: float = 60.0) -> dict[str, Answer]:
-        """Step until every request has its outcome."""
-        deadline = time.monotonic() + timeout_s
+    def run(self, patience_s: float = 60.0) -> dict[str, Answer]:
+        """Step until every request has its outcome; the next token is at most `patience_s` away."""
+        known, deadline = 0, time.monotonic() + patience_s
         while not all(self._is_over(name) for name in self.answers):
             self.step()
+            tokens = sum(len(each) for answer in self.answers.values() for each in answer.tokens.values())
+            if tokens > known:
+                known, deadline = tokens, time.monotonic() + patience_s
             assert time.monotonic() < deadline, f"no outcome: {self.answers}"
         return self.answers
 

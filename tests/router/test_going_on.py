@@ -206,9 +206,9 @@ def test_an_attempt_that_is_lost_just_when_it_is_granted_asks_for_no_prefill(mon
                 if isinstance(message, Granted) and message.attempt == 1:
                     service.dispatcher._on_lost(engine, "seems gone")
 
-            def note(name: str, message: Reserve | Prefill) -> None:
+            def note(name: str, message: Reserve | Prefill, tokens: int) -> None:
                 asked.extend([message.attempt] if isinstance(message, Prefill) else [])
-                place(name, message)
+                place(name, message, tokens)
 
             monkeypatch.setattr(engines, "_on_message", lose_the_first)
             monkeypatch.setattr(engines, "place", note)

@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from dataclasses import replace
+from typing import get_args
 
 import pytest
 
 from splitserve.cluster.errors import Overloaded
+from splitserve.cluster.messages import EngineSpeed
 from splitserve.router.admission import MAX_RETRY_S, MIN_RETRY_S, Admission
-from splitserve.router.policy import EngineView, Placement, Policy, place
+from splitserve.router.policy import EngineView, Placement, Policy, Wanted, lateness, place
+
+ANY = Wanted()
 
 
 def views(role: str, loads: list[int]) -> list[EngineView]:
@@ -16,14 +21,14 @@ def views(role: str, loads: list[int]) -> list[EngineView]:
 
 def test_round_robin_takes_turns_whatever_the_load() -> None:
     prefills, decodes = views("prefill", [9, 0]), views("decode", [0, 9, 0])
-    pairs = [place(prefills, decodes, "round_robin", counter) for counter in range(6)]
+    pairs = [place(prefills, decodes, "round_robin", counter, Wanted()) for counter in range(6)]
     assert Counter(prefill for prefill, _ in pairs) == {"prefill/0/0": 3, "prefill/1/0": 3}
     assert Counter(decode for _, decode in pairs) == {f"decode/{index}/0": 2 for index in range(3)}
 
 
 def test_least_load_takes_the_least_loaded_and_spreads_ties() -> None:
     prefills, decodes = views("prefill", [3, 1]), views("decode", [2, 1, 1])
-    chosen = [place(prefills, decodes, "least_load", counter) for counter in range(30)]
+    chosen = [place(prefills, decodes, "least_load", counter, Wanted()) for counter in range(30)]
     assert {prefill for prefill, _ in chosen} == {"prefill/1/0"}
     ties = Counter(decode for _, decode in chosen)
     assert set(ties) == {"decode/1/0", "decode/2/0"}
@@ -33,30 +38,105 @@ def test_least_load_takes_the_least_loaded_and_spreads_ties() -> None:
 def test_of_equally_loaded_prefill_engines_a_linked_one_comes_first() -> None:
     prefills, decodes, linked = views("prefill", [1, 1, 1]), views("decode", [0, 0]), set[Placement]()
     for counter in range(30):
-        linked.add(place(prefills, decodes, "least_load", counter, linked))
+        linked.add(place(prefills, decodes, "least_load", counter, Wanted(), linked))
     assert len(linked) == 2, "a link for each decode engine, none for every pair"
     prefill, _ = place(
-        views("prefill", [2, 2, 1]), decodes, "least_load", 0, linked={Placement("prefill/0/0", "decode/0/0")}
+        views("prefill", [2, 2, 1]), decodes, "least_load", 0, Wanted(), linked={Placement("prefill/0/0", "decode/0/0")}
     )
     assert prefill == "prefill/2/0"
 
 
-@pytest.mark.parametrize("policy", ["round_robin", "least_load"])
+@pytest.mark.parametrize("policy", get_args(Policy))
 def test_broken_pairs_are_chosen_where_there_are_no_others(policy: Policy) -> None:
     prefills, decodes = views("prefill", [0, 0]), views("decode", [0, 1])
     pairs = [Placement(prefill.engine, decode.engine) for prefill in prefills for decode in decodes]
     for whole in pairs:
         broken = [pair for pair in pairs if pair != whole]
-        assert {place(prefills, decodes, policy, counter, (), broken) for counter in range(4)} == {whole}
-    assert place(prefills, decodes, policy, 0, (), pairs) in pairs
+        assert {place(prefills, decodes, policy, counter, Wanted(broken=broken)) for counter in range(4)} == {whole}
+    assert place(prefills, decodes, policy, 0, Wanted(broken=pairs)) in pairs
 
 
-@pytest.mark.parametrize("policy", ["round_robin", "least_load"])
-def test_a_colocated_engine_is_both(policy: str) -> None:
+@pytest.mark.parametrize("policy", get_args(Policy))
+def test_a_colocated_engine_is_both(policy: Policy) -> None:
     engines = views("colocated", [1, 0])
     for counter in range(4):
-        prefill, decode = place(engines, engines, policy, counter)  # type: ignore[arg-type]
+        prefill, decode = place(engines, engines, policy, counter, Wanted())
         assert prefill == decode
+
+
+def fast(engine: str, pending: int = 0, *, placed_tokens: int = 0, rate: float = 10_000.0) -> EngineView:
+    return EngineView(engine, "prefill", 0, 0, placed_tokens, 0, EngineSpeed(pending, rate))
+
+
+def decoding(engine: str, running: int, step_s: float, *, free: int = 100_000, slots: int = 64) -> EngineView:
+    return EngineView(engine, "decode", running, 0, 0, free, EngineSpeed(step_s=step_s, slots=slots))
+
+
+def prefill_of(prefills: list[EngineView], wanted: Wanted) -> str:
+    return place(prefills, views("decode", [0]), "kv_aware", 0, wanted).prefill
+
+
+def decode_of(decodes: list[EngineView], wanted: Wanted = ANY) -> str:
+    return place(views("prefill", [0]), decodes, "kv_aware", 0, wanted).decode
+
+
+def test_a_cached_prefix_is_worth_the_time_that_computing_it_takes() -> None:
+    wanted = Wanted(tokens=2000, cached={"warm": 1900})
+    assert prefill_of([fast("cold"), fast("warm")], wanted) == "warm"
+    assert prefill_of([fast("cold"), fast("warm", 1800)], wanted) == "warm"
+    assert prefill_of([fast("cold"), fast("warm", 2000)], wanted) == "cold"
+    assert prefill_of([fast("cold"), fast("warm", placed_tokens=2000)], wanted) == "cold"
+    assert prefill_of([fast("cold", rate=90_000.0), fast("warm", 500)], wanted) == "cold"
+    assert prefill_of([fast("new", rate=0.0), fast("warm", 2500)], wanted) == "new", "as fast as the fastest"
+
+
+def test_decode_goes_where_the_answer_is_done_first() -> None:
+    assert decode_of([decoding("a", 20, 0.010), decoding("b", 14, 0.009)]) == "b"
+    assert decode_of([decoding("a", 20, 0.010), decoding("b", 25, 0.005)]) == "b"
+    assert decode_of([decoding("busy", 20, 0.010), decoding("idle", 0, 0.0)]) == "idle"
+    assert decode_of([decoding("full", 4, 0.002, slots=4), decoding("b", 8, 0.002)]) == "b"
+    tight = [decoding("tight", 4, 0.002, free=900), decoding("b", 8, 0.003)]
+    assert decode_of(tight, Wanted(tokens=1000)) == "b"
+    assert decode_of(tight, Wanted(tokens=1000, cached={"tight": 512})) == "tight"
+    slow = [decoding("slow", 4, 0.020), decoding("b", 40, 0.020)]
+    assert decode_of(slow, Wanted(tpot_s=0.022)) == "b"
+
+
+@pytest.mark.parametrize("running", [0, 20])
+def test_a_burst_between_two_looks_is_spread(running: int) -> None:
+    """Of two engines, one idle and one that decodes, nobody hears anything while 200 requests are placed."""
+    placed = Counter[str]()
+    for counter in range(200):
+        decodes = [decoding("a", running, 0.01 if running else 0.0), decoding("b", 0, 0.0)]
+        decodes = [replace(one, load=one.load + placed[one.engine], placed=placed[one.engine]) for one in decodes]
+        prefills = [fast(name, placed_tokens=1000 * placed[name]) for name in ("c", "d", "e")]
+        placed.update(place(prefills, decodes, "kv_aware", counter, Wanted(tokens=1000)))
+    assert abs(placed["a"] + running - placed["b"]) <= 4
+    assert max(placed[name] for name in "cde") - min(placed[name] for name in "cde") <= 1
+
+
+def test_equal_engines_take_turns_and_linked_ones_come_first() -> None:
+    prefills, decodes = [fast("a"), fast("b")], [decoding("c", 0, 0.0), decoding("d", 0, 0.0)]
+    pairs = Counter(place(prefills, decodes, "kv_aware", counter, Wanted()) for counter in range(8))
+    assert {decode for _, decode in pairs} == {"c", "d"}
+    linked = {Placement("b", "c"), Placement("b", "d")}
+    assert {place(prefills, decodes, "kv_aware", counter, Wanted(), linked).prefill for counter in range(8)} == {"b"}
+
+
+def test_colocated_engines_are_chosen_for_both_of_their_parts() -> None:
+    both = [
+        EngineView("a", "colocated", 4, free_tokens=9000, speed=EngineSpeed(0, 10_000.0, 0.01, 64)),
+        EngineView("b", "colocated", 4, free_tokens=9000, speed=EngineSpeed(4000, 10_000.0, 0.01, 64)),
+    ]
+    assert place(both, both, "kv_aware", 0, Wanted(tokens=2000)) == ("a", "a")
+    assert place(both, both, "kv_aware", 0, Wanted(tokens=6000, cached={"b": 5900})) == ("b", "b")
+
+
+def test_lateness_is_what_the_prediction_passes_the_limit_by() -> None:
+    wanted = Wanted(tokens=2000, cached={"a": 1000})
+    assert lateness(fast("a", 9000), wanted, 2.0) == 0.0
+    assert lateness(fast("a", 9000), wanted, 0.25) == pytest.approx(0.75)
+    assert lateness(fast("new", 9000, rate=0.0), wanted, 0.25) == 0.0
 
 
 def test_admission_is_first_come_first_served_within_its_bounds() -> None:

@@ -36,7 +36,7 @@ def granted(n: int = 1) -> tuple[Request, Attempt]:
     table = TokenTable(byte_level())
     params = SamplingParams(n=n, max_tokens=9, prompt_logprobs=0)
     request = Request("r", [5, 6], params, 10.0, lambda: Detokenizer(table), lambda sample: None)
-    attempt = request.attempt(request.samples, PLACEMENT)
+    attempt = request.attempt(request.samples, PLACEMENT, 1)
     request.accept(Granted("r", 1, TICKET))
     return request, attempt
 
@@ -52,7 +52,7 @@ def first(n: int) -> FirstToken:
 @in_a_loop
 def test_a_decode_engine_that_is_lost_while_it_is_asked_counts_as_busy() -> None:
     request, _ = granted()
-    attempt = request.attempt(request.samples, PLACEMENT)
+    attempt = request.attempt(request.samples, PLACEMENT, 1)
     request.accept(Joined("r", 1))
     assert [lost.number for lost in request.lose(DECODE)] == [1]
     assert isinstance(attempt.reply.result(), Busy)
@@ -62,7 +62,7 @@ def test_a_decode_engine_that_is_lost_while_it_is_asked_counts_as_busy() -> None
 @in_a_loop
 def test_so_does_one_whose_prefill_engine_is_lost_before_decode_has_answered() -> None:
     request, _ = granted()
-    attempt = request.attempt(request.samples, PLACEMENT)
+    attempt = request.attempt(request.samples, PLACEMENT, 1)
     request.accept(Joined("r", 1))
     assert request.lose(PREFILL) == []
     assert isinstance(attempt.reply.result(), Busy)
@@ -75,7 +75,7 @@ def test_without_a_token_all_samples_begin_again_together() -> None:
     request.accept_token(token(1, 3))  # it came before its turn: prefill's first tokens are not there yet
     assert request.lose(DECODE) == [attempt]
     (samples,) = by_attempt(attempt.samples)
-    again = request.attempt(samples, PLACEMENT).reserve(LAYOUT, 1.0)
+    again = request.attempt(samples, PLACEMENT, 1).reserve(LAYOUT, 1.0)
     assert (again.attempt, again.token_ids, again.params.n, again.output_tokens) == (2, [5, 6], 3, 0)
     assert again.params.prompt_logprobs == 0
     assert not request.has(1)
@@ -90,7 +90,7 @@ def test_with_tokens_each_sample_that_has_not_ended_goes_on_by_itself() -> None:
     request.accept_token(token(0, 3))
     request.accept_token(SampleToken("r", 1, 1, 3, 9, "stop"))
     assert request.lose(DECODE) == [attempt]
-    reserves = [request.attempt(samples, PLACEMENT).reserve(LAYOUT, 1.0) for samples in by_attempt(attempt.samples)]
+    reserves = [request.attempt(samples, PLACEMENT, 1).reserve(LAYOUT, 1.0) for samples in by_attempt(attempt.samples)]
     found = [(item.attempt, item.first_sample, item.token_ids, item.output_tokens, item.params.n) for item in reserves]
     assert found == [(2, 0, [5, 6, 67, 68], 2, 1), (3, 2, [5, 6, 67], 1, 1)]
     assert {item.params.prompt_logprobs for item in reserves} == {None}, "they are there already"

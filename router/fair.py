@@ -1,0 +1,88 @@
+"""Who comes next where not all can: by priority, then so that tenants get equal shares, then first come first served."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+MOST_TENANTS = 1024  # whose accounts are kept, of those that have nothing waiting
+
+
+@dataclass(frozen=True)
+class Claimant:
+    """Who asks. Of two `priority` values the smaller one goes first; `cost` counts against the tenant's share."""
+
+    tenant: str = ""
+    priority: int = 0
+    cost: float = 1.0
+
+
+@dataclass(order=True, slots=True)
+class Claim:
+    """A place in line, the smallest one first; it stays the same however often it is made use of."""
+
+    priority: int
+    start: float
+    number: int
+    turn: asyncio.Future[None] | None = field(default=None, compare=False)
+
+
+class FairSemaphore:
+    """At most `capacity` hold it at once.
+
+    Shares are start-time fair queueing's (Goyal, Vin, Cheng 1996): a claim starts where its tenant's last one ends, in
+    units of cost, but no earlier than the claim that was served last. So a tenant with a thousand requests in line
+    delays another one's first request by one of its own, and what a tenant left unused is not saved up.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._free = capacity
+        self._line: list[Claim] = []
+        self._numbers = itertools.count()
+        self._virtual = 0.0
+        self._ends: dict[str, float] = {}
+
+    @property
+    def locked(self) -> bool:
+        """Whether the next one who asks has to wait."""
+        return not self._free or any(claim.turn and not claim.turn.done() for claim in self._line)
+
+    def claim(self, claimant: Claimant) -> Claim:
+        start = max(self._virtual, self._ends.get(claimant.tenant, 0.0))
+        self._ends[claimant.tenant] = start + claimant.cost
+        if len(self._ends) > MOST_TENANTS:
+            self._ends = {tenant: end for tenant, end in self._ends.items() if end > self._virtual}
+        return Claim(claimant.priority, start, next(self._numbers))
+
+    @asynccontextmanager
+    async def hold(self, claim: Claim) -> AsyncIterator[None]:
+        """Wait for one's turn, and have it."""
+        claim.turn = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._line, claim)
+        self._next()
+        try:
+            await claim.turn
+        except asyncio.CancelledError:
+            if claim.turn.done() and not claim.turn.cancelled():
+                self._release()
+            raise
+        try:
+            yield
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        self._free += 1
+        self._next()
+
+    def _next(self) -> None:
+        while self._free and self._line:
+            claim = heapq.heappop(self._line)
+            if claim.turn is not None and not claim.turn.done():
+                self._free -= 1
+                self._virtual = max(self._virtual, claim.start)
+                claim.turn.set_result(None)
