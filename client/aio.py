@@ -48,17 +48,24 @@ class AsyncClient:
         *,
         model: str = "",
         timeout_s: float | None = None,
+        priority: int = 0,
         **sampling: Unpack[Sampling],
     ) -> AsyncStream:
-        """Continue `prompt`, a text or token ids."""
-        request = wire.generate_request(prompt, model, sampling)
+        """Continue `prompt`, a text or token ids. Requests that have to wait go by `priority`, the smallest first."""
+        request = wire.generate_request(prompt, model, priority, sampling)
         return AsyncStream(self._stub.Generate, request, timeout_s)
 
     def chat(
-        self, messages: Conversation, *, model: str = "", timeout_s: float | None = None, **sampling: Unpack[Sampling]
+        self,
+        messages: Conversation,
+        *,
+        model: str = "",
+        timeout_s: float | None = None,
+        priority: int = 0,
+        **sampling: Unpack[Sampling],
     ) -> AsyncStream:
-        """Answer `messages`, each a mapping of role and content."""
-        request = wire.chat_request(messages, model, sampling)
+        """Answer `messages`, each a mapping of role and content; `priority` as in `generate`."""
+        request = wire.chat_request(messages, model, priority, sampling)
         return AsyncStream(self._stub.Chat, request, timeout_s)
 
     async def tokenize(self, text: str | Conversation, *, model: str = "") -> list[int]:

@@ -91,18 +91,21 @@ def target(address: str | Sequence[str]) -> str:
 
 
 @_checked
-def generate_request(prompt: str | Sequence[int], model: str, sampling: Sampling) -> pb.GenerateRequest:
+def generate_request(prompt: str | Sequence[int], model: str, priority: int, sampling: Sampling) -> pb.GenerateRequest:
     """A Generate call for a text or for token ids."""
-    parameters = pb.Sampling(**sampling)
+    request = pb.GenerateRequest(model=model, priority=priority, sampling=pb.Sampling(**sampling))
     if isinstance(prompt, str):
-        return pb.GenerateRequest(model=model, text=prompt, sampling=parameters)
-    return pb.GenerateRequest(model=model, token_ids=pb.TokenIds(ids=prompt), sampling=parameters)
+        request.text = prompt
+    else:
+        request.token_ids.ids.extend(prompt)
+    return request
 
 
 @_checked
-def chat_request(messages: Conversation, model: str, sampling: Sampling) -> pb.ChatRequest:
+def chat_request(messages: Conversation, model: str, priority: int, sampling: Sampling) -> pb.ChatRequest:
     """A Chat call."""
-    return pb.ChatRequest(model=model, messages=_messages(messages), sampling=pb.Sampling(**sampling))
+    parameters = pb.Sampling(**sampling)
+    return pb.ChatRequest(model=model, messages=_messages(messages), priority=priority, sampling=parameters)
 
 
 @_checked

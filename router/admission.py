@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 
 from splitserve.cluster.errors import Overloaded
+from splitserve.router.fair import Claimant, FairSemaphore
 
 MIN_RETRY_S = 0.1
 MAX_RETRY_S = 30.0
@@ -15,34 +15,31 @@ SMOOTHING = 0.1
 
 
 class Admission:
-    """At most `max_active` requests are admitted at once and at most `max_queue` wait, first come first served.
+    """At most `max_active` requests are admitted at once and at most `max_queue` wait, in `FairSemaphore`'s order.
 
     `active` counts the admitted; `queued` those that wait, be it for admission or, already admitted, for an engine.
     """
 
     def __init__(self, max_queue: int, max_active: int) -> None:
         self._max_queue = max_queue
-        self._slots = asyncio.Semaphore(max_active)
+        self._slots = FairSemaphore(max_active)
         self._service_s = 1.0  # smoothed time that a request takes
         self.queued = 0
         self.active = 0
 
     @asynccontextmanager
-    async def admit(self) -> AsyncIterator[None]:
+    async def admit(self, claimant: Claimant) -> AsyncIterator[None]:
         """Hold one of the places, after waiting for it if need be. Raises Overloaded when the queue is full."""
-        if self._slots.locked():
-            with self.wait():
-                await self._slots.acquire()
-        else:
-            await self._slots.acquire()
-        self.active += 1
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.active -= 1
-            self._slots.release()
-            self._service_s += SMOOTHING * (time.monotonic() - started - self._service_s)
+        async with AsyncExitStack() as stack:
+            with self.wait() if self._slots.locked else nullcontext():
+                await stack.enter_async_context(self._slots.hold(self._slots.claim(claimant)))
+            self.active += 1
+            started = time.monotonic()
+            try:
+                yield
+            finally:
+                self.active -= 1
+                self._service_s += SMOOTHING * (time.monotonic() - started - self._service_s)
 
     @contextmanager
     def wait(self) -> Iterator[None]:

@@ -39,6 +39,7 @@ from splitserve.router.admission import Admission
 from splitserve.router.attempt import Attempt, by_attempt
 from splitserve.router.detokenizer import Detokenizer
 from splitserve.router.engines import Engines
+from splitserve.router.fair import FairSemaphore
 from splitserve.router.output_buffer import Answered, SampleOutput
 from splitserve.router.policy import EngineView, Placement, Wanted, lateness, place
 from splitserve.router.request import MOST_LOSSES, Chunk, Request, Summary
@@ -70,7 +71,7 @@ class Dispatcher:
         self._ids = itertools.count(1)
         self._placements = itertools.count()
         self._links: dict[Placement, float] = {}  # when KV was last asked to go from prefill to decode
-        self._line = asyncio.Lock()  # of requests that found every engine busy: asyncio's locks are fair
+        self._line = FairSemaphore(1)  # of requests that found every engine busy
 
     @property
     def ready(self) -> bool:
@@ -84,14 +85,16 @@ class Dispatcher:
         deadline_s: float,
         write: Write,
         answered: Sequence[Answered] = (),
+        priority: int = 0,
     ) -> Summary:
         """Take a request to its one outcome: every chunk written and the summary returned, or an error raised.
 
-        What its client has `answered`, one for each sample, is not written again.
+        What its client has `answered`, one for each sample, is not written again. Where not all can go on at once,
+        those with the smallest `priority` do.
         """
-        request = self._new_request(token_ids, params, deadline_s, answered)
+        request = self._new_request(token_ids, params, deadline_s, answered, priority)
         try:
-            async with asyncio.timeout(deadline_s), self.admission.admit():
+            async with asyncio.timeout(deadline_s), self.admission.admit(request.claimant):
                 first, *others = by_attempt(request.samples) or [[]]
                 if first:
                     await self._begin(request, first)
@@ -106,32 +109,39 @@ class Dispatcher:
             self._forget(request)
 
     def _new_request(
-        self, token_ids: list[int], params: SamplingParams, deadline_s: float, answered: Sequence[Answered]
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        deadline_s: float,
+        answered: Sequence[Answered],
+        priority: int,
     ) -> Request:
         def stop(sample: int) -> None:
             for attempt in request.held:
                 self._cancel(attempt, sample)
 
         request_id = f"{self._identity}-{next(self._ids)}"
-        request = Request(request_id, token_ids, params, deadline_s, self._new_detokenizer, stop, answered)
+        request = Request(request_id, token_ids, params, deadline_s, self._new_detokenizer, stop, answered, priority)
         self._requests[request_id] = request
         return request
 
     async def _begin(self, request: Request, samples: Sequence[SampleOutput]) -> None:
         """Get room on some decode engine, then ask a prefill engine for the KV. Whom all refuse waits in line."""
-        if not self._line.locked():
+        if not self._line.locked:
             attempt = await self._ask(request, samples)
             if isinstance(attempt, Attempt):
                 self._prefill(request, attempt)
                 return
+        claim = self._line.claim(request.claimant)
         with nullcontext() if request.losses else self.admission.wait():
-            async with self._line:
-                while True:
-                    attempt = await self._ask(request, samples)
-                    if isinstance(attempt, Attempt):
-                        self._prefill(request, attempt)
-                        return
-                    await asyncio.sleep(attempt)
+            while True:
+                async with self._line.hold(claim):
+                    while not self._line.outranked(claim):
+                        attempt = await self._ask(request, samples)
+                        if isinstance(attempt, Attempt):
+                            self._prefill(request, attempt)
+                            return
+                        await asyncio.sleep(attempt)
 
     async def _ask(self, request: Request, samples: Sequence[SampleOutput]) -> Attempt | float:
         """Ask decode engines, the best placed first, until one has room; else after how many seconds to ask again."""

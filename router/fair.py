@@ -1,4 +1,4 @@
-"""Who comes next where not all can: by priority, then so that tenants get equal shares, then first come first served."""
+"""Who comes next where not all can: by priority, then so that tenants get equal shares, then as they came."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-
-MOST_TENANTS = 1024  # whose accounts are kept, of those that have nothing waiting
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Claim:
     priority: int
     start: float
     number: int
-    turn: asyncio.Future[None] | None = field(default=None, compare=False)
+    turn: asyncio.Future[None] = field(init=False, compare=False, repr=False)
 
 
 class FairSemaphore:
@@ -49,14 +47,16 @@ class FairSemaphore:
     @property
     def locked(self) -> bool:
         """Whether the next one who asks has to wait."""
-        return not self._free or any(claim.turn and not claim.turn.done() for claim in self._line)
+        return not self._free
 
     def claim(self, claimant: Claimant) -> Claim:
         start = max(self._virtual, self._ends.get(claimant.tenant, 0.0))
         self._ends[claimant.tenant] = start + claimant.cost
-        if len(self._ends) > MOST_TENANTS:
-            self._ends = {tenant: end for tenant, end in self._ends.items() if end > self._virtual}
         return Claim(claimant.priority, start, next(self._numbers))
+
+    def outranked(self, claim: Claim) -> bool:
+        """Whether somebody waits who goes before `claim`."""
+        return bool(self._line) and self._line[0] < claim
 
     @asynccontextmanager
     async def hold(self, claim: Claim) -> AsyncIterator[None]:
@@ -67,7 +67,10 @@ class FairSemaphore:
         try:
             await claim.turn
         except asyncio.CancelledError:
-            if claim.turn.done() and not claim.turn.cancelled():
+            if claim in self._line:
+                self._line.remove(claim)
+                heapq.heapify(self._line)
+            else:  # its turn came in the same moment
                 self._release()
             raise
         try:
@@ -82,7 +85,7 @@ class FairSemaphore:
     def _next(self) -> None:
         while self._free and self._line:
             claim = heapq.heappop(self._line)
-            if claim.turn is not None and not claim.turn.done():
-                self._free -= 1
-                self._virtual = max(self._virtual, claim.start)
+            self._free -= 1
+            self._virtual = max(self._virtual, claim.start)
+            if not claim.turn.done():
                 claim.turn.set_result(None)

@@ -58,6 +58,7 @@ class Behaviour:
     retry_after_s: float = 0.02
     first_token_delay_s: float = 0.0  # sends first tokens late, after decode's
     fail_prefill: tuple[str, str] | None = None  # (code, message) of Failed instead of a first token
+    speed: EngineSpeed = field(default_factory=EngineSpeed)  # as they tell it
 
 
 PROMPT = Behaviour()
@@ -166,7 +167,7 @@ class FakeEngine:
     def _stats(self) -> EngineStats:
         member, running = self.member, len(self.jobs)
         return EngineStats(
-            member.engine, member.incarnation, member.role, LAYOUT, running, 0, 10_000, 10_000, 0, EngineSpeed()
+            member.engine, member.incarnation, member.role, LAYOUT, running, 0, 10_000, 10_000, 0, self._behaviour.speed
         )
 
     def _reserve(self, router: bytes, message: Reserve) -> None:

@@ -92,7 +92,7 @@ class SplitServe:
 
         remaining_s = context.time_remaining()
         deadline_s = self._default_deadline_s if remaining_s is None or math.isinf(remaining_s) else remaining_s
-        summary = await self._dispatcher.serve(token_ids, params, deadline_s, write, answered)
+        summary = await self._dispatcher.serve(token_ids, params, deadline_s, write, answered, request.priority)
         await context.write(pb.GenerateResponse(request_id=summary.request_id, summary=_summary(summary)))
 
     async def _tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:

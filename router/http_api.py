@@ -89,10 +89,9 @@ class HttpApi:
         try:
             async with asyncio.TaskGroup() as group:
                 watching = group.create_task(until_client_leaves(receive))
+                serve = partial(self._dispatcher.serve, deadline_s=deadline_s, priority=call.priority)
                 serving = [
-                    group.create_task(
-                        self._dispatcher.serve(prompt.token_ids, prompt.params, deadline_s, partial(write, index))
-                    )
+                    group.create_task(serve(prompt.token_ids, prompt.params, write=partial(write, index)))
                     for index, prompt in enumerate(call.prompts)
                 ]
                 summaries = [await task for task in serving]

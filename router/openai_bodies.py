@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from splitserve.cluster.errors import InvalidRequest
 from splitserve.cluster.sampling import SamplingParams
@@ -67,6 +67,7 @@ class _Body(_Model):
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: list[int] = []
+    priority: int = Field(default=0, ge=-(2**31), lt=2**31)
 
     def sampling_params(self, logprobs: int | None) -> SamplingParams:
         """Sampling parameters, not validated yet. Without a seed, an answer is another one each time."""

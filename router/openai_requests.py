@@ -32,6 +32,7 @@ class Call:
     prompts: list[Prompt]
     stream: bool
     include_usage: bool
+    priority: int
     echo: bool = False
     answered: bool = True
 
@@ -55,7 +56,7 @@ async def completion(raw: dict[str, Any], validator: Validator) -> Call:
         validator.check_params(token_ids, fitted)
         text = (prompt if isinstance(prompt, str) else validator.tokenizer.decode(token_ids)) if body.echo else ""
         prompts.append(Prompt(token_ids, fitted, text))
-    return Call(prompts, body.stream, body.include_usage, body.echo, answered)
+    return Call(prompts, body.stream, body.include_usage, body.priority, body.echo, answered)
 
 
 async def chat(raw: dict[str, Any], validator: Validator) -> Call:
@@ -69,7 +70,7 @@ async def chat(raw: dict[str, Any], validator: Validator) -> Call:
         params = replace(params, max_tokens=body.max_completion_tokens)
     token_ids = await validator.encode_chat(_conversation(body.messages))
     validator.check_params(token_ids, params)
-    return Call([Prompt(token_ids, params)], body.stream, body.include_usage)
+    return Call([Prompt(token_ids, params)], body.stream, body.include_usage, body.priority)
 
 
 async def tokenize(raw: dict[str, Any], validator: Validator) -> list[int]:

@@ -12,8 +12,9 @@ from splitserve.cluster.messages import Busy, Failed, FirstToken, Granted, Joine
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.router.attempt import Attempt
 from splitserve.router.detokenizer import Detokenizer
+from splitserve.router.fair import Claimant
 from splitserve.router.output_buffer import Answered, Delta, OutputBuffer, SampleOutput
-from splitserve.router.policy import Placement
+from splitserve.router.policy import ANSWER_TOKENS, Placement
 from splitserve.router.timeline import Timeline, Timings
 
 LOST_RETRY_S = 0.05
@@ -60,8 +61,12 @@ class Request:
         new_detokenizer: Callable[[], Detokenizer],
         on_stop_string: Callable[[int], None],
         answered: Sequence[Answered] = (),
+        priority: int = 0,
     ) -> None:
         self.id = request_id
+        self.claimant = Claimant(
+            priority=priority, cost=len(token_ids) + params.n * (params.max_tokens or ANSWER_TOKENS)
+        )
         self.placement = Placement()  # of its latest attempt
         self.timeline = Timeline()
         self.broken: set[Placement] = set()  # pairs of engines between which its KV was lost

@@ -237,9 +237,12 @@ class GenerateRequest(google.protobuf.message.Message):
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     SAMPLING_FIELD_NUMBER: builtins.int
     ANSWERED_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
     model: builtins.str
     """the served model when empty"""
     text: builtins.str
+    priority: builtins.int
+    """where not all can go on at once, those with the smallest one do"""
     @property
     def token_ids(self) -> Global___TokenIds: ...
     @property
@@ -256,9 +259,10 @@ class GenerateRequest(google.protobuf.message.Message):
         token_ids: Global___TokenIds | None = ...,
         sampling: Global___Sampling | None = ...,
         answered: collections.abc.Iterable[Global___Answered] | None = ...,
+        priority: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["answered", b"answered", "model", b"model", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["answered", b"answered", "model", b"model", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["prompt", b"prompt"]) -> typing.Literal["text", "token_ids"] | None: ...
 
 Global___GenerateRequest: typing_extensions.TypeAlias = GenerateRequest
@@ -289,8 +293,11 @@ class ChatRequest(google.protobuf.message.Message):
     MESSAGES_FIELD_NUMBER: builtins.int
     SAMPLING_FIELD_NUMBER: builtins.int
     ANSWERED_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
     model: builtins.str
     """the served model when empty"""
+    priority: builtins.int
+    """where not all can go on at once, those with the smallest one do"""
     @property
     def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Message]: ...
     @property
@@ -306,9 +313,10 @@ class ChatRequest(google.protobuf.message.Message):
         messages: collections.abc.Iterable[Global___Message] | None = ...,
         sampling: Global___Sampling | None = ...,
         answered: collections.abc.Iterable[Global___Answered] | None = ...,
+        priority: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["answered", b"answered", "messages", b"messages", "model", b"model", "sampling", b"sampling"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["answered", b"answered", "messages", b"messages", "model", b"model", "priority", b"priority", "sampling", b"sampling"]) -> None: ...
 
 Global___ChatRequest: typing_extensions.TypeAlias = ChatRequest
 

@@ -10,6 +10,7 @@ import pytest
 from splitserve.cluster.errors import Overloaded
 from splitserve.cluster.messages import EngineSpeed
 from splitserve.router.admission import MAX_RETRY_S, MIN_RETRY_S, Admission
+from splitserve.router.fair import Claimant
 from splitserve.router.policy import EngineView, Placement, Policy, Wanted, lateness, place
 
 ANY = Wanted()
@@ -144,7 +145,7 @@ def test_admission_is_first_come_first_served_within_its_bounds() -> None:
         admission, order, gate = Admission(max_queue=3, max_active=2), [], asyncio.Event()
 
         async def one(name: int) -> None:
-            async with admission.admit():
+            async with admission.admit(Claimant()):
                 order.append(name)
                 await gate.wait()
 
@@ -168,10 +169,10 @@ def test_admission_is_first_come_first_served_within_its_bounds() -> None:
 def test_without_a_queue_what_fits_is_admitted() -> None:
     async def scenario() -> None:
         admission = Admission(max_queue=0, max_active=1)
-        async with admission.admit():
+        async with admission.admit(Claimant()):
             with pytest.raises(Overloaded):
-                await admission.admit().__aenter__()
-        async with admission.admit():
+                await admission.admit(Claimant()).__aenter__()
+        async with admission.admit(Claimant()):
             assert admission.active == 1
 
     asyncio.run(scenario())
