@@ -6,12 +6,14 @@ Sockets are created here and nowhere else, so that limits and encryption (CURVE)
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
 import zmq.asyncio
+from zmq.utils import z85
 
 from splitserve.cluster.codec import MAX_MESSAGE_BYTES, pack, unpack
 from splitserve.cluster.errors import ProtocolError, StartupError
@@ -24,15 +26,23 @@ Socket = zmq.Socket[Any]
 
 @dataclass(frozen=True)
 class CurveKeys:
-    """The cluster's own CURVE key pair (Z85 text). Whoever holds it is a member; nobody else gets a byte through."""
+    """The cluster's own CURVE key pair (Z85 text). Whoever holds it is a member; nobody else gets a byte through.
+
+    Both halves are secrets: whoever knows the public one may connect.
+    """
 
     public: str = field(repr=False)
     secret: str = field(repr=False)
 
     @classmethod
     def generate(cls) -> CurveKeys:
-        public, secret = zmq.curve_keypair()
-        return cls(public.decode(), secret.decode())
+        return cls.of_secret(secrets.token_bytes(32))
+
+    @classmethod
+    def of_secret(cls, secret: bytes) -> CurveKeys:
+        """The pair of 32 secret bytes."""
+        encoded = z85.encode(secret)
+        return cls(zmq.curve_public(encoded).decode(), encoded.decode())
 
 
 def secure(socket: Socket, keys: CurveKeys | None, *, server: bool) -> None:

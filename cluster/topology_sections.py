@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from pathlib import PurePath
 from typing import Annotated, Literal
@@ -266,12 +267,22 @@ class Tls(Section):
     cert: str = Field(min_length=1, description="certificate chain of the gRPC port")
     key: str = Field(min_length=1, description="private key of the certificate")
 
+    def with_absolute_paths(self) -> Tls:
+        """The same for processes that run in other folders."""
+        return self.model_copy(update={name: os.path.abspath(path) for name, path in self if path is not None})
+
 
 class Security(Section):
     """Who may connect, and how."""
 
     curve: Literal["auto", "on", "off"] = Field(
-        default="auto", description="ZeroMQ CURVE between processes; auto is on when an address is not loopback"
+        default="auto",
+        description="ZeroMQ CURVE between processes; auto is on with a cluster_key, or when bind is not loopback",
+    )
+    cluster_key: str | None = Field(
+        default=None,
+        min_length=1,
+        description="file of `splitserve keygen`, the same on every host; if unset, Ray carries one made at start",
     )
     tls: Tls | None = Field(default=None, description="TLS of the gRPC port; plain text if unset")
     bind: str = Field(
@@ -281,11 +292,27 @@ class Security(Section):
         description="address or interface that worker sockets bind; node is each node's own address",
     )
 
+    @field_validator("cluster_key")
+    @classmethod
+    def _key_in_use(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("curve") == "off":
+            raise ValueError("expected none where curve is off: nothing would use it")
+        return value
+
     @field_validator("bind")
     @classmethod
     def _one_address(cls, value: str) -> str:
         _refuse_wildcard(value)
         return value
+
+    def with_absolute_paths(self) -> Security:
+        """The same for processes that run in other folders."""
+        changed: dict[str, object] = (
+            {} if self.cluster_key is None else {"cluster_key": os.path.abspath(self.cluster_key)}
+        )
+        if self.tls is not None:
+            changed["tls"] = self.tls.with_absolute_paths()
+        return self.model_copy(update=changed)
 
     @property
     def is_loopback(self) -> bool:
@@ -298,7 +325,8 @@ class Security(Section):
     @property
     def encrypted(self) -> bool:
         """Whether sockets between processes use CURVE."""
-        return self.curve == "on" or (self.curve == "auto" and not self.is_loopback)
+        keyed = self.cluster_key is not None or not self.is_loopback
+        return self.curve == "on" or (self.curve == "auto" and keyed)
 
 
 def _with_port_added(address: str, index: int) -> str:

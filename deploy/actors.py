@@ -21,6 +21,7 @@ import ray
 from ray.util import get_node_ip_address
 
 from splitserve.cluster.channel import CurveKeys
+from splitserve.cluster.cluster_key import read_cluster_key
 from splitserve.cluster.errors import SplitserveError
 from splitserve.cluster.log import start_logging
 from splitserve.cluster.messages import Member
@@ -83,12 +84,13 @@ class RankActor:
     def start(self, spec: RankSpec, group_address: str) -> str:
         """Bind the worker's sockets and let it run; returns where its followers connect.
 
-        The device "cuda" and the address "node" in `spec` are made this process's own.
+        The device "cuda" and the address "node" in `spec` are made this process's own, and a key on file is read.
         """
         from splitserve.deploy.worker import Worker  # imports torch, which the supervisor must not have to
 
         try:
-            own = replace(spec, device=_own_device(spec.device), bind=_own_address(spec.bind))
+            keys = _own_keys(spec.topology, spec.keys)
+            own = replace(spec, device=_own_device(spec.device), bind=_own_address(spec.bind), keys=keys)
             self._worker = Worker(replace(own, group_address=group_address))
         except Exception as error:
             self._report = replace(self._report, failure=_describe(error))
@@ -134,7 +136,8 @@ class RouterActor:
     async def start(self, topology: Topology, index: int, keys: CurveKeys | None) -> None:
         try:
             model_folder = await asyncio.to_thread(resolve_model, topology.model.path)
-            self._service = RouterService(topology, model_folder, index=index, keys=keys)
+            own_keys = _own_keys(topology, keys)
+            self._service = RouterService(topology, model_folder, index=index, keys=own_keys)
             self._say(replace(self._report, endpoint=await self._service.start()))
         except Exception as error:
             self._say(replace(self._report, failure=_describe(error)))
@@ -168,6 +171,12 @@ def _own_address(bind: str) -> str:
         return bind
     address: str = get_node_ip_address()  # type: ignore[no-untyped-call]
     return address
+
+
+def _own_keys(topology: Topology, made: CurveKeys | None) -> CurveKeys | None:
+    """The cluster's keys as this host has them on file, else those `made` for this launch."""
+    path = topology.security.cluster_key
+    return made if path is None else read_cluster_key(Path(path))
 
 
 def _own_device(device: str) -> str:

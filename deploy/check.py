@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
+from splitserve.cluster.topology_sections import Security
 from splitserve.cluster.units import format_bytes
 from splitserve.deploy.plan import Plan, PoolPlan, RankPlan
 
@@ -31,6 +32,7 @@ def render_plan(plan: Plan) -> str:
             "",
             f"router       {', '.join(places)}",
             f"KV transfer  {_transports(plan)}",
+            f"workers at   {topology.security.bind}, {_protection(topology.security)}",
             f"needs        {_count(plan.cpus, 'CPU')} and {_count(plan.gpus, 'GPU')} on {_count(plan.hosts, 'host')}",
         ]
     )
@@ -70,6 +72,12 @@ def _transports(plan: Plan) -> str:
     pairs = Counter(link.transport for link in plan.links)
     text = ", ".join(f"{_count(count, 'engine pair')} over {transport}" for transport, count in sorted(pairs.items()))
     return text or "none: one pool does both"
+
+
+def _protection(security: Security) -> str:
+    if not security.encrypted:
+        return "plain text" if security.is_loopback else "plain text: whoever reaches them may command them"
+    return f"CURVE with {security.cluster_key or 'a key made at start'}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -10,7 +10,7 @@ from splitserve.cluster.topology import Topology
 
 @dataclass(frozen=True)
 class ClusterSpec:
-    """`keys` encrypt the sockets between the cluster's processes; None leaves them plain."""
+    """`keys` encrypt the sockets between the cluster's processes; None leaves them plain, or they are on file."""
 
     topology: Topology
     keys: CurveKeys | None

@@ -26,7 +26,7 @@ from splitserve.deploy.cluster_spec import ClusterSpec
 from splitserve.deploy.cluster_state import ClusterFolder, ClusterState
 from splitserve.deploy.local_ray import StartedRay, start_local_ray, stop_local_ray
 from splitserve.deploy.plan import Plan, make_plan
-from splitserve.deploy.preflight import check_host, check_ports, check_resources, check_runnable
+from splitserve.deploy.preflight import check_host, check_ports, check_resources, check_runnable, check_security
 from splitserve.deploy.progress import StatusView
 from splitserve.deploy.ray_environment import prepare_ray
 from splitserve.models.resolve import load_model_config, resolve_model
@@ -74,6 +74,7 @@ def launch(file: TopologyFile, address: str | None, view: StatusView, wait_s: fl
         if address is not None:
             return _launch_on(file, plan, address, None, view, wait_s)
         check_ports(file.topology.router)
+        check_security(file.topology.security)
         check_host(plan)
         started = start_local_ray(folder, plan.cpus, plan.gpus)
         try:
@@ -114,14 +115,15 @@ def _launch_on(
     prepare_ray(folder.token)
     from splitserve.deploy import driver
 
-    keys = CurveKeys.generate() if topology.security.encrypted else None
+    security = topology.security
+    keys = CurveKeys.generate() if security.encrypted and security.cluster_key is None else None
     with driver.session(topology.name, address):
         if driver.has_supervisor():
             raise StartupError(f"a cluster {topology.name} runs on that Ray already; give this one another name")
         _await_nodes(plan, wait_s)
         folder.write(state)
         try:
-            endpoints = driver.bring_up(ClusterSpec(_with_absolute_model(topology), keys), view)
+            endpoints = driver.bring_up(ClusterSpec(_with_absolute_paths(topology), keys), view)
         except BaseException:
             driver.shutdown()
             folder.forget()
@@ -148,13 +150,12 @@ def _await_nodes(plan: Plan, wait_s: float) -> None:
         time.sleep(NODES_POLL_S)
 
 
-def _with_absolute_model(topology: Topology) -> Topology:
+def _with_absolute_paths(topology: Topology) -> Topology:
     """Workers do not share this process's working folder."""
-    model = topology.model
-    if not os.path.exists(model.path):
-        return topology
-    absolute = model.model_copy(update={"path": os.path.abspath(model.path), "name": model.served_name})
-    return topology.model_copy(update={"model": absolute})
+    model, security = topology.model, topology.security.with_absolute_paths()
+    if os.path.exists(model.path):
+        model = model.model_copy(update={"path": os.path.abspath(model.path), "name": model.served_name})
+    return topology.model_copy(update={"model": model, "security": security})
 
 
 def _answers(state: ClusterState) -> bool:

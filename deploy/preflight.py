@@ -7,11 +7,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
+from splitserve.cluster.cluster_key import read_cluster_key
 from splitserve.cluster.errors import InsufficientResources, InvalidRequest, StartupError
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.topology import Topology
-from splitserve.cluster.topology_sections import Router
+from splitserve.cluster.topology_sections import Router, Security
 from splitserve.cluster.units import format_bytes
 from splitserve.deploy.plan import Plan
 from splitserve.kernels.head_sizes import runs_on_gpu
@@ -41,6 +43,12 @@ def _check_port(field: str, address: str) -> None:
     except OSError as error:
         remedy = "end what listens there, or name another address"
         raise StartupError(f"{field}: cannot listen on {address}: {error.strerror}; {remedy}") from error
+
+
+def check_security(security: Security) -> None:
+    """Raise StartupError naming the first file of `security` that this host's workers could not use."""
+    if security.cluster_key is not None:
+        read_cluster_key(Path(security.cluster_key))
 
 
 def check_address(address: str) -> None:

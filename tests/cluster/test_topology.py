@@ -77,6 +77,11 @@ def test_models_are_frozen() -> None:
             "expected no tls where router.http is set",
         ),
         ({"router": {"slo": {"ttft_s": float("inf")}}}, "router.slo.ttft_s", "finite"),
+        (
+            {"security": {"curve": "off", "cluster_key": "k"}},
+            "security.cluster_key",
+            "expected none where curve is off",
+        ),
         ({"security": {"bind": "*"}}, "security.bind", "not every interface"),
         ({"security": {"tls": {"cert": "a.pem"}}}, "security.tls.key", "required"),
         ({"kv_transfer": {"transport": "rdma"}}, "kv_transfer.transport", "'auto', 'cuda_ipc', 'shm', 'nccl' or 'tcp'"),
@@ -97,6 +102,7 @@ def test_encryption_follows_the_address() -> None:
     assert topology(security={"bind": "node"}).security.encrypted
     assert topology(security={"bind": "10.0.0.1"}).security.encrypted
     assert not topology(security={"bind": "eth0", "curve": "off"}).security.encrypted
+    assert topology(security={"cluster_key": "cluster.key"}).security.encrypted
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,32 @@ def test_check_prints_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     plan = capsys.readouterr().out
     assert "prefill/0/0" in plan
     assert "decode/0/0" in plan
+    assert "workers at   127.0.0.1, plain text\n" in plan
+
+
+def test_check_tells_who_may_command_the_workers(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path
+) -> None:
+    topology = write_topology(tmp_path, tiny_model)
+    plain = topology.read_text()
+    for security, told in [
+        ("{bind: node}", "node, CURVE with a key made at start"),
+        ("{cluster_key: k}", "127.0.0.1, CURVE with k"),
+        ("{bind: node, curve: off}", "node, plain text: whoever reaches them may command them"),
+    ]:
+        topology.write_text(f"{plain}security: {security}\n")
+        assert main(["check", str(topology)]) == 0
+        assert f"workers at   {told}\n" in capsys.readouterr().out
+
+
+def test_a_missing_cluster_key_is_told_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path
+) -> None:
+    topology = write_topology(tmp_path, tiny_model)
+    topology.write_text(f"{topology.read_text()}security: {{cluster_key: {tmp_path}/k}}\n")
+    status, error = fail(capsys, "up", topology)
+    assert status == 1
+    assert error.startswith(f"security.cluster_key: {tmp_path}/k: No such file or directory")
 
 
 def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from splitserve.client import Client
+from splitserve.cluster.cluster_key import write_cluster_key
 from splitserve.deploy.cluster_state import ClusterFolder
 from tests.deploy.clusters import run_command, state_of, succeed, units, wait_until, write_topology
 
@@ -55,7 +56,9 @@ def test_pools_on_nodes_of_their_own(tmp_path: Path, tiny_model: Path, ray_addre
         decode="node_resource: decode_node",
         transport="tcp",
     )
-    topology.write_text(topology.read_text() + "security: {bind: node}\nhosts: {count: 2}\n")
+    key = tmp_path / "cluster.key"
+    write_cluster_key(key)
+    topology.write_text(topology.read_text() + f"security: {{bind: node, cluster_key: {key}}}\nhosts: {{count: 2}}\n")
     name = topology.read_text().split()[1]
     succeed("up", topology, "--address", ray_address)
     try:
