@@ -27,18 +27,25 @@ from splitserve.router.v1.splitserve_pb2_grpc import SplitServeStub
 class AsyncClient:
     """A cluster's router at `address` (host:port), or one of several, over TLS if `root_certificates` (PEM) are given.
 
+    A router that asks for its clients' certificates gets `certificate`: the chain and its private key (PEM).
+
     A stream whose router dies goes on, at another one or at the same when it is back: no token twice, none missing.
 
     `timeout_s` of a call becomes its deadline. Whatever fails raises SplitserveClientError. Cancelling the task that
     reads a stream cancels the request.
     """
 
-    def __init__(self, address: str | Sequence[str], *, root_certificates: bytes | None = None) -> None:
-        target = wire.target(address)
-        if root_certificates is None:
+    def __init__(
+        self,
+        address: str | Sequence[str],
+        *,
+        root_certificates: bytes | None = None,
+        certificate: tuple[bytes, bytes] | None = None,
+    ) -> None:
+        target, credentials = wire.target(address), wire.credentials(root_certificates, certificate)
+        if credentials is None:
             self._channel = grpc.aio.insecure_channel(target, options=wire.CHANNEL_OPTIONS)
         else:
-            credentials = grpc.ssl_channel_credentials(root_certificates)
             self._channel = grpc.aio.secure_channel(target, credentials, options=wire.CHANNEL_OPTIONS)
         self._stub = SplitServeStub(self._channel)
 

@@ -90,6 +90,18 @@ def target(address: str | Sequence[str]) -> str:
     return f"{scheme}:" + ",".join(place for _, place in found)
 
 
+def credentials(
+    root_certificates: bytes | None, certificate: tuple[bytes, bytes] | None
+) -> grpc.ChannelCredentials | None:
+    """What a channel over TLS trusts and shows; None for plain text."""
+    if root_certificates is None:
+        if certificate is not None:
+            raise SplitserveClientError("INVALID_ARGUMENT", "certificate: give it with root_certificates only")
+        return None
+    chain, key = certificate or (None, None)
+    return grpc.ssl_channel_credentials(root_certificates, key, chain)
+
+
 @_checked
 def generate_request(prompt: str | Sequence[int], model: str, priority: int, sampling: Sampling) -> pb.GenerateRequest:
     """A Generate call for a text or for token ids."""

@@ -53,14 +53,6 @@ class Topology(Section):
         decode = raw.get("decode", {})
         return raw | {"decode": {"chunk_tokens": DEFAULT_CHUNK_TOKENS} | decode} if isinstance(decode, dict) else raw
 
-    @field_validator("security")
-    @classmethod
-    def _no_plain_text_beside_tls(cls, value: Security, info: ValidationInfo) -> Security:
-        router = info.data.get("router")
-        if value.tls is not None and router is not None and router.http is not None:
-            raise ValueError("expected no tls where router.http is set: HTTP is plain text only")
-        return value
-
     @field_validator("prefill")
     @classmethod
     def _prefill_unless_colocated(cls, value: PrefillPool | None, info: ValidationInfo) -> PrefillPool | None:

@@ -262,10 +262,15 @@ class KvTransfer(Section):
 
 
 class Tls(Section):
-    """Files in PEM form."""
+    """Files in PEM form, read again when they change."""
 
-    cert: str = Field(min_length=1, description="certificate chain of the gRPC port")
+    cert: str = Field(min_length=1, description="certificate chain of the gRPC and HTTP ports")
     key: str = Field(min_length=1, description="private key of the certificate")
+    client_ca: str | None = Field(
+        default=None,
+        min_length=1,
+        description="certificates of which one must have signed a client's (mTLS); if unset, clients need none",
+    )
 
     def with_absolute_paths(self) -> Tls:
         """The same for processes that run in other folders."""
@@ -284,7 +289,7 @@ class Security(Section):
         min_length=1,
         description="file of `splitserve keygen`, the same on every host; if unset, Ray carries one made at start",
     )
-    tls: Tls | None = Field(default=None, description="TLS of the gRPC port; plain text if unset")
+    tls: Tls | None = Field(default=None, description="TLS of the gRPC and HTTP ports; plain text if unset")
     bind: str = Field(
         default="127.0.0.1",
         min_length=1,

@@ -18,6 +18,7 @@ from splitserve.cluster.units import format_bytes
 from splitserve.deploy.plan import Plan
 from splitserve.kernels.head_sizes import runs_on_gpu
 from splitserve.models.config import ModelConfig
+from splitserve.router.certificates import Certificates
 
 COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 GPU_COUNT_S = 120.0
@@ -49,6 +50,8 @@ def check_security(security: Security) -> None:
     """Raise StartupError naming the first file of `security` that this host's workers could not use."""
     if security.cluster_key is not None:
         read_cluster_key(Path(security.cluster_key))
+    if security.tls is not None:
+        Certificates(security.tls)
 
 
 def check_address(address: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Iterator
 
 import uvicorn
@@ -16,9 +17,9 @@ GRACE_S = 1
 
 
 class HttpServer:
-    """Serves `app` at `address`, host:port."""
+    """Serves `app` at `address`, host:port, over TLS where there is a `context` for it."""
 
-    def __init__(self, app: ASGIApp, address: str) -> None:
+    def __init__(self, app: ASGIApp, address: str, context: ssl.SSLContext | None = None) -> None:
         config = uvicorn.Config(
             app,
             http="httptools",
@@ -29,6 +30,7 @@ class HttpServer:
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=GRACE_S,
+            ssl_context_factory=None if context is None else lambda config, make: context,
         )
         self._server = _Server(config)
         self._address = address

@@ -18,6 +18,7 @@ from splitserve.cluster.channel import CurveKeys
 from splitserve.cluster.errors import StartupError
 from splitserve.cluster.messages import Member
 from splitserve.cluster.topology import Topology
+from splitserve.router.certificates import Certificates
 from splitserve.router.dispatcher import Dispatcher
 from splitserve.router.engines import Engine
 from splitserve.router.grpc_server import SERVICE, SplitServe
@@ -38,7 +39,10 @@ SERVER_OPTIONS = (
 
 
 class RouterService:
-    """Router `index` of the cluster. It runs on the event loop of `start`, in any thread."""
+    """Router `index` of the cluster. It runs on the event loop of `start`, in any thread.
+
+    Raises StartupError where the files of `security` cannot be used.
+    """
 
     def __init__(
         self, topology: Topology, model_folder: Path, *, keys: CurveKeys | None = None, index: int = 0
@@ -55,10 +59,13 @@ class RouterService:
         self.dispatcher = Dispatcher(identity, topology.router, topology.worker_timeout_s, keys, tokenizer.detokenizer)
         deadline_s = topology.router.default_deadline_s
         self._service = SplitServe(validator, self.dispatcher, deadline_s, self._status)
+        tls = topology.security.tls
+        self._certificates = None if tls is None else Certificates(tls)
         self._http: HttpServer | None = None
         if self.http_address is not None:
             app = HttpApi(validator, self.dispatcher, deadline_s, topology.roles).app()
-            self._http = HttpServer(app, self.http_address)
+            context = None if self._certificates is None else self._certificates.ssl_context()
+            self._http = HttpServer(app, self.http_address, context)
         self._health = health.aio.HealthServicer()
 
     async def start(self) -> str:
@@ -92,14 +99,12 @@ class RouterService:
         await self.dispatcher.engines.close()
 
     def _listen(self) -> None:
-        tls = self._topology.security.tls
         try:
-            if tls is None:
+            if self._certificates is None:
                 self._server.add_insecure_port(self.address)
             else:
-                pair = (Path(tls.key).read_bytes(), Path(tls.cert).read_bytes())
-                self._server.add_secure_port(self.address, grpc.ssl_server_credentials([pair]))
-        except (RuntimeError, OSError) as error:
+                self._server.add_secure_port(self.address, self._certificates.grpc_credentials())
+        except RuntimeError as error:
             raise StartupError(f"router.grpc: cannot listen on {self.address}: {error}") from error
 
     async def _report_health(self) -> None:

@@ -18,7 +18,7 @@ from splitserve.deploy.bench import engine_command
 from splitserve.deploy.bench.load import LENGTHS, LoadRequest, LoadShape, make_requests, poisson_arrivals
 from splitserve.deploy.bench.measure import Outcome, run_closed_loop, run_open_loop
 from splitserve.deploy.bench.summary import Summary, summarize, summary_table
-from splitserve.deploy.commands.connection import add_connection, endpoint, root_certificates
+from splitserve.deploy.commands.connection import Credentials, add_connection, credentials, endpoint
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def bench(arguments: argparse.Namespace) -> int:
         rate=arguments.rate,
         seed=arguments.seed,
     )
-    summary = asyncio.run(run(options, endpoint(arguments), root_certificates(arguments)))
+    summary = asyncio.run(run(options, endpoint(arguments), credentials(arguments)))
     Console().print(summary_table(summary))
     if arguments.json is not None:
         document = {"options": asdict(options), "summary": asdict(summary)}
@@ -78,9 +78,9 @@ def bench(arguments: argparse.Namespace) -> int:
     return 1 if summary.errors else 0
 
 
-async def run(options: BenchOptions, address: str, certificates: bytes | None) -> Summary:
+async def run(options: BenchOptions, address: str, trust: Credentials) -> Summary:
     """Warm up, then measure one load on the router at `address`."""
-    async with AsyncClient(address, root_certificates=certificates) as client:
+    async with AsyncClient(address, **trust) as client:
         (model, *_) = await client.models()
         requests = make_requests(options.shape, model.vocab_size, options.warmup + options.requests, options.seed)
         await run_closed_loop(client, requests[: options.warmup], options.concurrency, lambda outcome: None)

@@ -15,8 +15,8 @@ from splitserve.cluster.topology_file import load_topology_file
 from splitserve.deploy.commands.connection import (
     add_connection,
     add_sampling,
+    credentials,
     endpoint,
-    root_certificates,
     sampling,
 )
 from splitserve.deploy.launch import launch, stop
@@ -58,7 +58,7 @@ def generate(arguments: argparse.Namespace) -> int:
     if not prompt:
         raise InvalidRequest("text", prompt, "give a prompt with --text or on standard input")
     chosen = sampling(arguments)
-    with Client(endpoint(arguments), root_certificates=root_certificates(arguments)) as client:
+    with Client(endpoint(arguments), **credentials(arguments)) as client:
         show_answer(client.generate(prompt, **chosen), chosen)
     return 0
 
@@ -66,7 +66,7 @@ def generate(arguments: argparse.Namespace) -> int:
 def chat(arguments: argparse.Namespace) -> int:
     messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
     chosen = sampling(arguments)
-    with Client(endpoint(arguments), root_certificates=root_certificates(arguments)) as client:
+    with Client(endpoint(arguments), **credentials(arguments)) as client:
         while question := arguments.question or _read_question():
             messages.append({"role": "user", "content": question})
             answer = show_answer(client.chat(messages, **chosen), chosen)
@@ -94,7 +94,7 @@ def demo(arguments: argparse.Namespace) -> int:
 
 
 def health(arguments: argparse.Namespace) -> int:
-    with Client(endpoint(arguments), root_certificates=root_certificates(arguments)) as client:
+    with Client(endpoint(arguments), **credentials(arguments)) as client:
         serves = client.healthy(timeout_s=HEALTH_S)
     print("serving" if serves else "not serving")
     return 0 if serves else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TypedDict
 
 from splitserve.client import Sampling
 from splitserve.cluster.errors import InvalidRequest, NotFound
@@ -13,10 +14,19 @@ from splitserve.deploy.cluster_state import find_cluster
 DEFAULTS = SamplingParams()
 
 
+class Credentials(TypedDict):
+    """Arguments of `Client` and `AsyncClient`."""
+
+    root_certificates: bytes | None
+    certificate: tuple[bytes, bytes] | None
+
+
 def add_connection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--endpoint", metavar="HOST:PORT", help="router to ask (default: the running cluster's)")
     parser.add_argument("--cluster", metavar="NAME", help="cluster to ask (default: the only one)")
     parser.add_argument("--root-certificates", type=Path, metavar="PEM", help="trust these and connect with TLS")
+    parser.add_argument("--certificate", type=Path, metavar="PEM", help="show this one, where the router asks for one")
+    parser.add_argument("--private-key", type=Path, metavar="PEM", help="of the certificate")
 
 
 def endpoint(arguments: argparse.Namespace) -> str:
@@ -29,12 +39,24 @@ def endpoint(arguments: argparse.Namespace) -> str:
     return state.endpoints[0]
 
 
-def root_certificates(arguments: argparse.Namespace) -> bytes | None:
-    path: Path | None = arguments.root_certificates
+def credentials(arguments: argparse.Namespace) -> Credentials:
+    """What the arguments of `add_connection` say of trust, for a client."""
+    chain, key = (_pem(name, getattr(arguments, name)) for name in ("certificate", "private_key"))
+    if (chain is None) != (key is None):
+        raise InvalidRequest("certificate", str(arguments.certificate), "give it together with --private-key")
+    certificate = None if chain is None or key is None else (chain, key)
+    return {
+        "root_certificates": _pem("root_certificates", arguments.root_certificates),
+        "certificate": certificate,
+    }
+
+
+def _pem(name: str, path: Path | None) -> bytes | None:
     try:
         return path.read_bytes() if path else None
     except OSError as error:
-        raise InvalidRequest("root-certificates", str(path), f"{error.strerror}: name a readable PEM file") from error
+        option = name.replace("_", "-")
+        raise InvalidRequest(option, str(path), f"{error.strerror}: name a readable PEM file") from error
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -71,11 +71,6 @@ def test_models_are_frozen() -> None:
         ({"router": {"http": "127.0.0.1:65535", "replicas": 2}}, "router.replicas", "65536"),
         ({"router": {"http": "127.0.0.1:50061"}}, "router.replicas", "overlap; move grpc or http"),
         ({"router": {"http": "127.0.0.1:50060", "replicas": 2}}, "router.replicas", "overlap; move grpc or http"),
-        (
-            {"router": {"http": "127.0.0.1:8000"}, "security": {"tls": {"cert": "a.pem", "key": "b.pem"}}},
-            "security",
-            "expected no tls where router.http is set",
-        ),
         ({"router": {"slo": {"ttft_s": float("inf")}}}, "router.slo.ttft_s", "finite"),
         (
             {"security": {"curve": "off", "cluster_key": "k"}},

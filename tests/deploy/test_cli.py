@@ -144,6 +144,11 @@ def test_an_endpoint_where_nothing_listens(capsys: pytest.CaptureFixture[str]) -
         (["bench", "--requests", "0"], "requests: found 0; give at least 1"),
         (["bench", "--rate", "0"], "rate: found 0.0; give more than 0"),
         (["bench", "--prefix-share", "2"], "prefix-share: found 2.0; give a value from 0 to 1"),
+        (["health", "--private-key", "/none"], "private-key: found '/none'; No such file"),
+        (
+            ["health", "--certificate", __file__],
+            f"certificate: found {__file__!r}; give it together with --private-key",
+        ),
         (["generate", "--text", "x", "--root-certificates", "/none"], "root-certificates: found '/none'; No such file"),
     ],
 )

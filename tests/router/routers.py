@@ -46,13 +46,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def topology(*, colocated: bool = False, **router: Any) -> Topology:
+def topology(*, colocated: bool = False, security: dict[str, Any] | None = None, **router: Any) -> Topology:
     """A topology with these router settings."""
     return Topology.model_validate(
         {
             "name": "test",
             "model": {"path": "anywhere", "name": MODEL, "context": CONTEXT},
             "colocated": colocated,
+            "security": security or {},
             "router": {"grpc": f"127.0.0.1:{free_port()}", "http": f"127.0.0.1:{free_port()}", **router},
         }
     )
@@ -60,13 +61,13 @@ def topology(*, colocated: bool = False, **router: Any) -> Topology:
 
 @contextlib.asynccontextmanager
 async def running_router(
-    cluster: FakeCluster, *, keys: CurveKeys | None = None, **router: Any
+    cluster: FakeCluster, *, keys: CurveKeys | None = None, connection: dict[str, Any] | None = None, **router: Any
 ) -> AsyncIterator[tuple[RouterService, AsyncClient]]:
-    """A started router whose engines are all ready, and a client of it."""
+    """A started router whose engines are all ready, and a client of it, made with what `connection` says."""
     service = RouterService(topology(**router), model_folder(), keys=keys)
     address = await service.start()
     service.set_members(cluster.members)
-    async with AsyncClient(address) as client:
+    async with AsyncClient(address, **connection or {}) as client:
         await engines_ready(client)
         try:
             yield service, client
