@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Unpack
 
@@ -27,7 +28,8 @@ from splitserve.router.v1.splitserve_pb2_grpc import SplitServeStub
 class AsyncClient:
     """A cluster's router at `address` (host:port), or one of several, over TLS if `root_certificates` (PEM) are given.
 
-    A router that asks for its clients' certificates gets `certificate`: the chain and its private key (PEM).
+    A router that asks for its clients' certificates gets `certificate`: the chain and its private key (PEM). One that
+    asks for API keys gets `api_key`, in plain text unless there is TLS.
 
     A stream whose router dies goes on, at another one or at the same when it is back: no token twice, none missing.
 
@@ -41,7 +43,9 @@ class AsyncClient:
         *,
         root_certificates: bytes | None = None,
         certificate: tuple[bytes, bytes] | None = None,
+        api_key: str | None = None,
     ) -> None:
+        self._metadata = wire.metadata(api_key)
         target, credentials = wire.target(address), wire.credentials(root_certificates, certificate)
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(target, options=wire.CHANNEL_OPTIONS)
@@ -60,7 +64,7 @@ class AsyncClient:
     ) -> AsyncStream:
         """Continue `prompt`, a text or token ids. Requests that have to wait go by `priority`, the smallest first."""
         request = wire.generate_request(prompt, model, priority, sampling)
-        return AsyncStream(self._stub.Generate, request, timeout_s)
+        return AsyncStream(partial(self._stub.Generate, metadata=self._metadata), request, timeout_s)
 
     def chat(
         self,
@@ -73,27 +77,33 @@ class AsyncClient:
     ) -> AsyncStream:
         """Answer `messages`, each a mapping of role and content; `priority` as in `generate`."""
         request = wire.chat_request(messages, model, priority, sampling)
-        return AsyncStream(self._stub.Chat, request, timeout_s)
+        return AsyncStream(partial(self._stub.Chat, metadata=self._metadata), request, timeout_s)
 
     async def tokenize(self, text: str | Conversation, *, model: str = "") -> list[int]:
         """Token ids of a text, or of a conversation as Chat would send it to the model."""
         with wire.client_errors():
-            return list((await self._stub.Tokenize(wire.tokenize_request(text, model))).token_ids)
+            return list(
+                (await self._stub.Tokenize(wire.tokenize_request(text, model), metadata=self._metadata)).token_ids
+            )
 
     async def detokenize(self, token_ids: Sequence[int], *, model: str = "") -> str:
         """Text of token ids, special tokens left out."""
         with wire.client_errors():
-            return (await self._stub.Detokenize(wire.detokenize_request(token_ids, model))).text
+            return (
+                await self._stub.Detokenize(wire.detokenize_request(token_ids, model), metadata=self._metadata)
+            ).text
 
     async def models(self) -> list[Model]:
         """The served models."""
         with wire.client_errors():
-            return wire.models(await self._stub.ListModels(pb.ListModelsRequest()))
+            return wire.models(await self._stub.ListModels(pb.ListModelsRequest(), metadata=self._metadata))
 
     async def status(self, *, timeout_s: float | None = None) -> ClusterStatus:
         """The cluster as this router sees it."""
         with wire.client_errors():
-            return wire.cluster_status(await self._stub.Status(pb.StatusRequest(), timeout=timeout_s))
+            return wire.cluster_status(
+                await self._stub.Status(pb.StatusRequest(), metadata=self._metadata, timeout=timeout_s)
+            )
 
     async def healthy(self, *, timeout_s: float | None = None) -> bool:
         """Whether a request could be placed now, by gRPC's health protocol."""

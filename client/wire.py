@@ -102,6 +102,15 @@ def credentials(
     return grpc.ssl_channel_credentials(root_certificates, key, chain)
 
 
+def metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    """What goes with each call of a holder of `api_key`."""
+    if api_key is None:
+        return ()
+    if not (api_key.isascii() and api_key.isprintable()):  # gRPC's own error would show it
+        raise SplitserveClientError("INVALID_ARGUMENT", "api_key: give printable ASCII, without an end of line")
+    return (("authorization", f"Bearer {api_key}"),)
+
+
 @_checked
 def generate_request(prompt: str | Sequence[int], model: str, priority: int, sampling: Sampling) -> pb.GenerateRequest:
     """A Generate call for a text or for token ids."""

@@ -7,6 +7,7 @@ SplitserveError
 ├── StartupError           a port, socket or process could not be had: free it or name another
 │   └── InsufficientResources   too few CPUs, GPUs or bytes: ask for less or add hosts
 ├── InvalidRequest         the request's fault: mend the named field; a retry fails alike
+├── Unauthenticated        no API key, or none that is known: send one that `keygen --api` made
 ├── NotFound               no such model, cluster or worker: name one that exists
 ├── Overloaded             no room now: retry after `retry_after_s`
 ├── DeadlineExceeded       the request's own deadline passed
@@ -67,6 +68,10 @@ class InvalidRequest(SplitserveError):
     def __init__(self, field: str, found: object, expected: str) -> None:
         self.field, self.found, self.expected = field, found, expected
         super().__init__(f"{field}: found {_shorten(found)}; {expected}")
+
+
+class Unauthenticated(SplitserveError):
+    code = "UNAUTHENTICATED"
 
 
 class NotFound(SplitserveError):

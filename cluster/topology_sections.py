@@ -290,6 +290,9 @@ class Security(Section):
         description="file of `splitserve keygen`, the same on every host; if unset, Ray carries one made at start",
     )
     tls: Tls | None = Field(default=None, description="TLS of the gRPC and HTTP ports; plain text if unset")
+    api_keys: str | None = Field(
+        default=None, min_length=1, description="file of `splitserve keygen --api NAME`; if unset, requests need no key"
+    )
     bind: str = Field(
         default="127.0.0.1",
         min_length=1,
@@ -312,9 +315,8 @@ class Security(Section):
 
     def with_absolute_paths(self) -> Security:
         """The same for processes that run in other folders."""
-        changed: dict[str, object] = (
-            {} if self.cluster_key is None else {"cluster_key": os.path.abspath(self.cluster_key)}
-        )
+        paths = {"cluster_key": self.cluster_key, "api_keys": self.api_keys}
+        changed: dict[str, object] = {name: os.path.abspath(path) for name, path in paths.items() if path is not None}
         if self.tls is not None:
             changed["tls"] = self.tls.with_absolute_paths()
         return self.model_copy(update=changed)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from splitserve.cluster.api_key_file import read_api_keys
 from splitserve.cluster.cluster_key import read_cluster_key
 from splitserve.cluster.errors import InsufficientResources, InvalidRequest, StartupError
 from splitserve.cluster.layout import KvLayout
@@ -52,6 +53,8 @@ def check_security(security: Security) -> None:
         read_cluster_key(Path(security.cluster_key))
     if security.tls is not None:
         Certificates(security.tls)
+    if security.api_keys is not None:
+        read_api_keys(Path(security.api_keys))
 
 
 def check_address(address: str) -> None:

@@ -39,10 +39,11 @@ from splitserve.router.admission import Admission
 from splitserve.router.attempt import Attempt, by_attempt
 from splitserve.router.detokenizer import Detokenizer
 from splitserve.router.engines import Engines
-from splitserve.router.fair import FairSemaphore
+from splitserve.router.fair import Claimant, FairSemaphore
 from splitserve.router.output_buffer import Answered, SampleOutput
-from splitserve.router.policy import EngineView, Placement, Wanted, lateness, place
+from splitserve.router.policy import ANSWER_TOKENS, EngineView, Placement, Wanted, lateness, place
 from splitserve.router.request import MOST_LOSSES, Chunk, Request, Summary
+from splitserve.router.tenants import Tenant
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ class Dispatcher:
         deadline_s: float,
         write: Write,
         answered: Sequence[Answered] = (),
+        *,
+        tenant: Tenant,
         priority: int = 0,
     ) -> Summary:
         """Take a request to its one outcome: every chunk written and the summary returned, or an error raised.
@@ -92,15 +95,18 @@ class Dispatcher:
         What its client has `answered`, one for each sample, is not written again. Where not all can go on at once,
         those with the smallest `priority` do.
         """
-        request = self._new_request(token_ids, params, deadline_s, answered, priority)
+        claimant = Claimant(tenant.name, priority, len(token_ids) + params.n * (params.max_tokens or ANSWER_TOKENS))
+        request = self._new_request(token_ids, params, deadline_s, answered, claimant)
         try:
-            async with asyncio.timeout(deadline_s), self.admission.admit(request.claimant):
+            async with asyncio.timeout(deadline_s), self.admission.admit(claimant):
                 first, *others = by_attempt(request.samples) or [[]]
                 if first:
                     await self._begin(request, first)
                 self._begin_later(request, others)
                 while not request.finished:
-                    await write(await request.chunk())
+                    chunk = await request.chunk()
+                    tenant.take_tokens(sum(len(delta.token_ids) for delta in chunk.deltas))
+                    await write(chunk)
             return request.summary()
         except TimeoutError as error:
             missing = "" if self.ready else "; not all pools have a worker that is ready"
@@ -114,14 +120,14 @@ class Dispatcher:
         params: SamplingParams,
         deadline_s: float,
         answered: Sequence[Answered],
-        priority: int,
+        claimant: Claimant,
     ) -> Request:
         def stop(sample: int) -> None:
             for attempt in request.held:
                 self._cancel(attempt, sample)
 
         request_id = f"{self._identity}-{next(self._ids)}"
-        request = Request(request_id, token_ids, params, deadline_s, self._new_detokenizer, stop, answered, priority)
+        request = Request(request_id, token_ids, params, deadline_s, self._new_detokenizer, stop, answered, claimant)
         self._requests[request_id] = request
         return request
 
@@ -224,7 +230,8 @@ class Dispatcher:
             task.cancel()
         for attempt in request.held:
             self._cancel(attempt)
-        log.info("request over", extra={"request_id": request.id, "finished": request.finished})
+        outcome = {"request_id": request.id, "finished": request.finished, "tenant": request.claimant.tenant}
+        log.info("request over", extra=outcome)
 
     def _on_message(self, engine: str, message: Any) -> None:
         if type(message) is StepTokens:

@@ -16,6 +16,7 @@ from splitserve.router.chat_template import Conversation
 from splitserve.router.dispatcher import Dispatcher
 from splitserve.router.output_buffer import Answered, Delta
 from splitserve.router.request import Chunk, Summary
+from splitserve.router.tenants import Tenant, Tenants
 from splitserve.router.v1 import splitserve_pb2 as pb
 from splitserve.router.validate import Validator
 
@@ -43,11 +44,13 @@ class SplitServe:
         self,
         validator: Validator,
         dispatcher: Dispatcher,
+        tenants: Tenants,
         default_deadline_s: float,
         status: Callable[[], pb.StatusResponse],
     ) -> None:
         self._validator = validator
         self._dispatcher = dispatcher
+        self._tenants = tenants
         self._default_deadline_s = default_deadline_s
         self._status = status
 
@@ -55,12 +58,12 @@ class SplitServe:
         """All methods, for a server. They parse requests themselves, so that bytes which are none get a clear error."""
         stream, unary = grpc.unary_stream_rpc_method_handler, grpc.unary_unary_rpc_method_handler
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            "Generate": stream(_method(pb.GenerateRequest, self._generate), response_serializer=_serialize),
-            "Chat": stream(_method(pb.ChatRequest, self._chat), response_serializer=_serialize),
-            "Tokenize": unary(_method(pb.TokenizeRequest, self._tokenize), response_serializer=_serialize),
-            "Detokenize": unary(_method(pb.DetokenizeRequest, self._detokenize), response_serializer=_serialize),
-            "ListModels": unary(_method(pb.ListModelsRequest, self._list_models), response_serializer=_serialize),
-            "Status": unary(_method(pb.StatusRequest, self._report_status), response_serializer=_serialize),
+            "Generate": stream(self._method(pb.GenerateRequest, self._generate), response_serializer=_serialize),
+            "Chat": stream(self._method(pb.ChatRequest, self._chat), response_serializer=_serialize),
+            "Tokenize": unary(self._method(pb.TokenizeRequest, self._tokenize), response_serializer=_serialize),
+            "Detokenize": unary(self._method(pb.DetokenizeRequest, self._detokenize), response_serializer=_serialize),
+            "ListModels": unary(self._method(pb.ListModelsRequest, self._list_models), response_serializer=_serialize),
+            "Status": unary(self._method(pb.StatusRequest, self._report_status), response_serializer=_serialize),
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
@@ -92,7 +95,10 @@ class SplitServe:
 
         remaining_s = context.time_remaining()
         deadline_s = self._default_deadline_s if remaining_s is None or math.isinf(remaining_s) else remaining_s
-        summary = await self._dispatcher.serve(token_ids, params, deadline_s, write, answered, request.priority)
+        with (tenant := self._tenant(context)).request(len(token_ids)):
+            summary = await self._dispatcher.serve(
+                token_ids, params, deadline_s, write, answered, tenant=tenant, priority=request.priority
+            )
         await context.write(pb.GenerateResponse(request_id=summary.request_id, summary=_summary(summary)))
 
     async def _tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
@@ -118,21 +124,29 @@ class SplitServe:
     async def _report_status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
         return self._status()
 
+    def _method(
+        self, request_type: type[M], behaviour: Callable[[M, Context], Awaitable[R]]
+    ) -> Callable[[bytes, Context], Awaitable[R]]:
+        """A handler that knows its caller, parses its request and turns our errors into gRPC statuses."""
 
-def _method(
-    request_type: type[M], behaviour: Callable[[M, Context], Awaitable[R]]
-) -> Callable[[bytes, Context], Awaitable[R]]:
-    """A handler that parses its request and turns our errors into gRPC statuses."""
+        async def handle(data: bytes, context: Context) -> R:
+            try:
+                self._tenant(context)
+                return await behaviour(_parse(request_type, data), context)
+            except SplitserveError as error:
+                retry = _retry_after(error) if isinstance(error, Overloaded) else ()
+                await context.abort(_status_code(error), str(error), retry)
+                raise
 
-    async def handle(data: bytes, context: Context) -> R:
-        try:
-            return await behaviour(_parse(request_type, data), context)
-        except SplitserveError as error:
-            retry = ((RETRY_AFTER, str(round(error.retry_after_s * 1000))),) if isinstance(error, Overloaded) else ()
-            await context.abort(_status_code(error), str(error), retry)
-            raise
+        return handle
 
-    return handle
+    def _tenant(self, context: Context) -> Tenant:
+        authorization = dict(context.invocation_metadata() or ()).get("authorization")
+        return self._tenants.find(authorization if isinstance(authorization, str) else None)
+
+
+def _retry_after(error: Overloaded) -> tuple[tuple[str, str], ...]:
+    return ((RETRY_AFTER, str(math.ceil(error.retry_after_s * 1000))),)
 
 
 def _parse(request_type: type[M], data: bytes) -> M:

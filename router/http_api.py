@@ -25,12 +25,14 @@ from splitserve.router.http_stream import EventStream, Write, until_client_leave
 from splitserve.router.openai_requests import Call
 from splitserve.router.openai_responses import Answer, ChatAnswer, CompletionAnswer, Json
 from splitserve.router.request import Chunk, Summary
+from splitserve.router.tenants import Tenant, Tenants
 from splitserve.router.validate import Validator
 
 DEADLINE = "x-request-timeout"  # header: a request's deadline in seconds
 MAX_DEADLINE_S = 86400.0
 
 WriteChunk = Callable[[int, Chunk], Awaitable[None]]
+Endpoint = Callable[[Request], Awaitable[Response]]
 Serve = Callable[[WriteChunk], Awaitable[list[Summary]]]
 
 
@@ -38,10 +40,16 @@ class HttpApi:
     """The endpoints. `roles` are those of the cluster's pools."""
 
     def __init__(
-        self, validator: Validator, dispatcher: Dispatcher, default_deadline_s: float, roles: Sequence[Role]
+        self,
+        validator: Validator,
+        dispatcher: Dispatcher,
+        tenants: Tenants,
+        default_deadline_s: float,
+        roles: Sequence[Role],
     ) -> None:
         self._validator = validator
         self._dispatcher = dispatcher
+        self._tenants = tenants
         self._default_deadline_s = default_deadline_s
         self._roles = roles
         self._created = int(time.time())
@@ -50,12 +58,12 @@ class HttpApi:
         """All routes, and how errors are answered."""
         return Starlette(
             routes=[
-                Route("/v1/completions", self._complete, methods=["POST"]),
-                Route("/v1/chat/completions", self._chat, methods=["POST"]),
-                Route("/v1/models", self._models),
-                Route("/v1/models/{name:path}", self._model),
-                Route("/tokenize", self._tokenize, methods=["POST"]),
-                Route("/detokenize", self._detokenize, methods=["POST"]),
+                Route("/v1/completions", self._for_tenants(self._complete), methods=["POST"]),
+                Route("/v1/chat/completions", self._for_tenants(self._chat), methods=["POST"]),
+                Route("/v1/models", self._for_tenants(self._models)),
+                Route("/v1/models/{name:path}", self._for_tenants(self._model)),
+                Route("/tokenize", self._for_tenants(self._tokenize), methods=["POST"]),
+                Route("/detokenize", self._for_tenants(self._detokenize), methods=["POST"]),
                 Route("/health", self._health),
             ],
             exception_handlers={
@@ -64,6 +72,15 @@ class HttpApi:
                 Exception: on_fault,
             },
         )
+
+    def _for_tenants(self, endpoint: Endpoint) -> Endpoint:
+        """`endpoint` for those whom the cluster knows; what others send is not read."""
+
+        async def answer(request: Request) -> Response:
+            request.state.tenant = self._tenants.find(request.headers.get("authorization"))
+            return await endpoint(request)
+
+        return answer
 
     async def _complete(self, request: Request) -> Response:
         call = await openai_requests.completion(await read_json(request), self._validator)
@@ -75,7 +92,7 @@ class HttpApi:
 
     async def _answer(self, request: Request, call: Call, answer_type: type[Answer]) -> Response:
         answer = answer_type(call, self._validator.model, self._validator.tokenizer)
-        serve = partial(self._serve, call, self._deadline_s(request), request.receive)
+        serve = partial(self._serve, call, request.state.tenant, self._deadline_s(request), request.receive)
         if call.stream:
             return EventStream(partial(_stream, answer, serve))
 
@@ -84,12 +101,20 @@ class HttpApi:
 
         return json_response(answer.whole(await serve(gather)))
 
-    async def _serve(self, call: Call, deadline_s: float, receive: Receive, write: WriteChunk) -> list[Summary]:
+    async def _serve(
+        self, call: Call, tenant: Tenant, deadline_s: float, receive: Receive, write: WriteChunk
+    ) -> list[Summary]:
         """Serve a call's prompts side by side. All end when one fails or when the client leaves."""
+        with tenant.request(sum(len(prompt.token_ids) for prompt in call.prompts)):
+            return await self._serve_prompts(call, tenant, deadline_s, receive, write)
+
+    async def _serve_prompts(
+        self, call: Call, tenant: Tenant, deadline_s: float, receive: Receive, write: WriteChunk
+    ) -> list[Summary]:
         try:
             async with asyncio.TaskGroup() as group:
                 watching = group.create_task(until_client_leaves(receive))
-                serve = partial(self._dispatcher.serve, deadline_s=deadline_s, priority=call.priority)
+                serve = partial(self._dispatcher.serve, deadline_s=deadline_s, tenant=tenant, priority=call.priority)
                 serving = [
                     group.create_task(serve(prompt.token_ids, prompt.params, write=partial(write, index)))
                     for index, prompt in enumerate(call.prompts)

@@ -8,11 +8,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from splitserve.cluster.errors import InvalidRequest, Overloaded, SplitserveError
+from splitserve.cluster.errors import InvalidRequest, Overloaded, SplitserveError, Unauthenticated
 from splitserve.router.openai_responses import Json, to_json
 
 STATUSES = {
     "INVALID_ARGUMENT": 400,
+    "UNAUTHENTICATED": 401,
     "NOT_FOUND": 404,
     "RESOURCE_EXHAUSTED": 429,
     "CANCELLED": 499,
@@ -35,12 +36,14 @@ def status_of(error: SplitserveError) -> int:
 
 
 async def on_splitserve_error(request: Request, error: Exception) -> Response:
-    """The response to an error raised on purpose; Overloaded says when to come back."""
+    """The response to an error raised on purpose, with what Overloaded and Unauthenticated say in headers."""
     assert isinstance(error, SplitserveError)
     headers = {}
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
-        headers["retry-after-ms"] = str(round(error.retry_after_s * 1000))
+        headers["retry-after-ms"] = str(math.ceil(error.retry_after_s * 1000))
+    if isinstance(error, Unauthenticated):
+        headers["www-authenticate"] = "Bearer"
     return json_response(error_object(error), status_of(error), headers)
 
 

@@ -14,12 +14,13 @@ from splitserve.router.attempt import Attempt
 from splitserve.router.detokenizer import Detokenizer
 from splitserve.router.fair import Claimant
 from splitserve.router.output_buffer import Answered, Delta, OutputBuffer, SampleOutput
-from splitserve.router.policy import ANSWER_TOKENS, Placement
+from splitserve.router.policy import Placement
 from splitserve.router.timeline import Timeline, Timings
 
 LOST_RETRY_S = 0.05
 MOST_LOSSES = 10  # of one sample: a request that brings its workers down must not bring down all of them
 # What another attempt may mend: engines that cannot reach each other, or that have no room any more.
+NOBODY = Claimant()
 PASSING = ("UNAVAILABLE", "RESOURCE_EXHAUSTED")
 
 
@@ -49,7 +50,7 @@ class Request:
     """A request from its arrival to its one outcome.
 
     `on_stop_string(sample)` is called at once when a sample ends by a stop string, which its engine knows nothing of.
-    `answered` has for each sample what its client has already, if anything.
+    `answered` has for each sample what its client has already, if anything. `claimant` is who asks.
     """
 
     def __init__(
@@ -61,12 +62,9 @@ class Request:
         new_detokenizer: Callable[[], Detokenizer],
         on_stop_string: Callable[[int], None],
         answered: Sequence[Answered] = (),
-        priority: int = 0,
+        claimant: Claimant = NOBODY,
     ) -> None:
-        self.id = request_id
-        self.claimant = Claimant(
-            priority=priority, cost=len(token_ids) + params.n * (params.max_tokens or ANSWER_TOKENS)
-        )
+        self.id, self.claimant = request_id, claimant
         self.placement = Placement()  # of its latest attempt
         self.timeline = Timeline()
         self.broken: set[Placement] = set()  # pairs of engines between which its KV was lost

@@ -24,6 +24,7 @@ from splitserve.router.engines import Engine
 from splitserve.router.grpc_server import SERVICE, SplitServe
 from splitserve.router.http_api import HttpApi
 from splitserve.router.http_server import HttpServer
+from splitserve.router.tenants import Tenants
 from splitserve.router.tokenizer import Tokenizer
 from splitserve.router.v1 import splitserve_pb2 as pb
 from splitserve.router.validate import Validator
@@ -57,13 +58,13 @@ class RouterService:
         identity = f"router-{index}-{secrets.token_hex(4)}"
         validator = Validator(topology.model.served_name, tokenizer, topology.model.context)
         self.dispatcher = Dispatcher(identity, topology.router, topology.worker_timeout_s, keys, tokenizer.detokenizer)
-        deadline_s = topology.router.default_deadline_s
-        self._service = SplitServe(validator, self.dispatcher, deadline_s, self._status)
+        deadline_s, tenants = topology.router.default_deadline_s, Tenants(topology.security.api_keys)
+        self._service = SplitServe(validator, self.dispatcher, tenants, deadline_s, self._status)
         tls = topology.security.tls
         self._certificates = None if tls is None else Certificates(tls)
         self._http: HttpServer | None = None
         if self.http_address is not None:
-            app = HttpApi(validator, self.dispatcher, deadline_s, topology.roles).app()
+            app = HttpApi(validator, self.dispatcher, tenants, deadline_s, topology.roles).app()
             context = None if self._certificates is None else self._certificates.ssl_context()
             self._http = HttpServer(app, self.http_address, context)
         self._health = health.aio.HealthServicer()

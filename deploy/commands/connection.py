@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TypedDict
 
@@ -12,6 +13,7 @@ from splitserve.cluster.sampling import SamplingParams
 from splitserve.deploy.cluster_state import find_cluster
 
 DEFAULTS = SamplingParams()
+API_KEY = "SPLITSERVE_API_KEY"  # in the environment, since every user of a host sees the arguments of commands
 
 
 class Credentials(TypedDict):
@@ -19,6 +21,7 @@ class Credentials(TypedDict):
 
     root_certificates: bytes | None
     certificate: tuple[bytes, bytes] | None
+    api_key: str | None
 
 
 def add_connection(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +43,7 @@ def endpoint(arguments: argparse.Namespace) -> str:
 
 
 def credentials(arguments: argparse.Namespace) -> Credentials:
-    """What the arguments of `add_connection` say of trust, for a client."""
+    """What the arguments of `add_connection` and the environment say of trust, for a client."""
     chain, key = (_pem(name, getattr(arguments, name)) for name in ("certificate", "private_key"))
     if (chain is None) != (key is None):
         raise InvalidRequest("certificate", str(arguments.certificate), "give it together with --private-key")
@@ -48,6 +51,7 @@ def credentials(arguments: argparse.Namespace) -> Credentials:
     return {
         "root_certificates": _pem("root_certificates", arguments.root_certificates),
         "certificate": certificate,
+        "api_key": os.environ.get(API_KEY) or None,
     }
 
 

@@ -17,6 +17,7 @@ from splitserve.cluster.sampling import SamplingParams
 from splitserve.router.fake_engine import Behaviour, FakeCluster
 from splitserve.router.request import Chunk
 from splitserve.router.service import RouterService
+from splitserve.router.tenants import Tenants
 from tests.router.routers import (
     CONTEXT,
     MODEL,
@@ -29,6 +30,8 @@ from tests.router.routers import (
 )
 
 SLOW = Behaviour(step_s=0.05)
+
+ANYBODY = Tenants(None).find(None)
 
 
 def echo(token_ids: list[int], count: int, sample: int = 0) -> list[int]:
@@ -160,7 +163,7 @@ def test_tokens_merge_while_the_client_is_slow() -> None:
             await asyncio.sleep(0.1)
 
         async with running_router(cluster) as (service, _):
-            await service.dispatcher.serve([5, 6, 7], SamplingParams(max_tokens=200), 9.0, write_slowly)
+            await service.dispatcher.serve([5, 6, 7], SamplingParams(max_tokens=200), 9.0, write_slowly, tenant=ANYBODY)
         token_ids = [token_id for chunk in chunks for delta in chunk.deltas for token_id in delta.token_ids]
         assert token_ids == echo([5, 6, 7], 200)
         assert len(chunks) < 20

@@ -169,7 +169,7 @@ def test_renewed_files_are_in_use_at_the_next_handshake(files: Files, caplog: py
             assert await by_http(service, trusting(THEIRS, OURS)) == b"HTTP/1.1 200 OK"
             theirs = THEIRS.cert_pem.bytes()
             assert await by_grpc(service, root_certificates=theirs, certificate=identity(OURS)) == "(5, 6)"
-            assert "renewed certificates are in use" in caplog.text
+            assert f"{files.cert}: the new version is in use" in caplog.text
 
             files.ca.write_bytes(theirs)
             assert await by_http(service, trusting(THEIRS, THEIRS)) == b"HTTP/1.1 200 OK"
@@ -178,7 +178,7 @@ def test_renewed_files_are_in_use_at_the_next_handshake(files: Files, caplog: py
 
             files.cert.write_text("half of a fi")
             assert await by_http(service, trusting(THEIRS, THEIRS)) == b"HTTP/1.1 200 OK"
-            assert "renewed certificates cannot be used: security.tls" in caplog.text
+            assert f"{files.cert}: the former version stays in use; security.tls" in caplog.text
             files.cert.unlink()
             assert await by_grpc(service, root_certificates=theirs, certificate=identity(THEIRS)) == "(5, 6)"
 
@@ -194,10 +194,8 @@ def test_files_that_cannot_be_used_are_told_before_anything_starts(files: Files)
     check_security(Security(tls=Tls(**files.tls(mutual=True))))
     missing = files.folder / "none.pem"
     for name in ("cert", "key", "client_ca"):
-        assert (
-            fault(**{name: missing}) == f"security.tls: {missing}: No such file or directory; name a readable PEM file"
-        )
-        assert "expected PEM files that belong together" in fault(**{name: __file__})
+        assert "No such file or directory" in fault(**{name: missing})
+        assert "name PEM files that belong together" in fault(**{name: __file__})
     other = files.folder / "other.pem"
     other.write_bytes(THEIRS.issue_cert("127.0.0.1").private_key_pem.bytes())
     assert "KEY_VALUES_MISMATCH" in fault(key=other) or "key values mismatch" in fault(key=other)
