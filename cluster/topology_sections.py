@@ -216,6 +216,7 @@ class DecodePool(Pool):
     capacities: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
         default=(16, 64, 128, 256),
         max_length=16,
+        strict=False,  # files have lists
         description="numbers of sequences that a GPU captures a decode graph for; those below slots, and slots itself",
     )
     chunk_tokens: int | None = Field(

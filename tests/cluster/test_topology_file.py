@@ -61,6 +61,12 @@ def test_fields_and_lines(tmp_path: Path) -> None:
     assert str(file.error("model.dtype", "x", "expected y")) == f"{path}:3: model.dtype: found x; expected y"
 
 
+def test_a_list_of_capacities(tmp_path: Path) -> None:
+    path = tmp_path / "topology.yaml"
+    path.write_text(VALID.replace("  layout:\n    tp: 2\n", "  capacities: [8, 32]\n"))
+    assert load_topology(path).decode.capacities == (8, 32)
+
+
 def test_all_faults_are_told_together_in_order_with_their_place(tmp_path: Path) -> None:
     text = """\
 name: Demo
