@@ -69,6 +69,9 @@ class InvalidRequest(SplitserveError):
         self.field, self.found, self.expected = field, found, expected
         super().__init__(f"{field}: found {_shorten(found)}; {expected}")
 
+    def __reduce__(self) -> tuple[type[InvalidRequest], tuple[str, object, str]]:
+        return type(self), (self.field, self.found, self.expected)
+
 
 class Unauthenticated(SplitserveError):
     code = "UNAUTHENTICATED"

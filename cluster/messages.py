@@ -258,10 +258,11 @@ class PrefixUpdate:
 @message
 @dataclass(frozen=True)
 class Member:
-    """One engine as routers see it. A restarted engine is a new incarnation."""
+    """One engine as routers see it. A restarted engine is a new incarnation; a `draining` one takes no new requests."""
 
     engine: str
     incarnation: str
     role: Literal["prefill", "decode", "colocated"]
     address: str
     layout: KvLayout
+    draining: bool = False

@@ -17,6 +17,7 @@ class RankSpec:
 
     `incarnation` is fresh for every start of the engine; all ranks of an engine share it. `group_address` is where
     the engine's leader (tp_rank 0) takes its followers; empty for the leader itself. `device` is "cpu" or "cuda:N".
+    `home` is the pool that its engine is named after, where it was switched to the role of another.
     """
 
     topology: Topology
@@ -29,6 +30,7 @@ class RankSpec:
     incarnation: str
     keys: CurveKeys | None = None
     group_address: str = ""
+    home: Role | None = None
 
     @property
     def tp(self) -> int:
@@ -36,11 +38,11 @@ class RankSpec:
 
     @property
     def engine(self) -> str:
-        return f"{self.role}/{self.replica}/{self.dp_rank}"
+        return f"{self.home or self.role}/{self.replica}/{self.dp_rank}"
 
     @property
     def name(self) -> str:
-        return f"{self.role}/{self.replica}/{self.dp_rank * self.tp + self.tp_rank}"
+        return f"{self.home or self.role}/{self.replica}/{self.dp_rank * self.tp + self.tp_rank}"
 
     @property
     def is_leader(self) -> bool:

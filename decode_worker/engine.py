@@ -129,6 +129,10 @@ class DecodeEngine:
     def sockets(self) -> list[Socket]:
         return self._ranks.sockets
 
+    @property
+    def idle(self) -> bool:
+        return not (self._requests or self._steps.under_way)
+
     def forget(self, router: bytes) -> None:
         for request in list(self._requests.values()):
             if request.router == router:

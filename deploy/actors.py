@@ -27,6 +27,7 @@ from splitserve.cluster.log import start_logging
 from splitserve.cluster.messages import Member
 from splitserve.cluster.rank_spec import RankSpec
 from splitserve.cluster.topology import Topology
+from splitserve.cluster.topology_sections import Role
 from splitserve.deploy.cluster_state import ClusterFolder
 from splitserve.models.resolve import resolve_model
 from splitserve.router.service import RouterService
@@ -45,9 +46,11 @@ class Report:
 
     `member`: what routers need to know, once a leader is ready. `endpoint`: where a router listens, once it does.
     `members`: the incarnations that a router knows. `failure`: why the worker ended, None while it lives.
+    `digest` is that of the spec that it serves by; `drained`: it was told to drain, and holds nothing any more.
     """
 
     incarnation: str
+    digest: str
     node: str
     pid: int
     log: Path
@@ -55,13 +58,14 @@ class Report:
     member: Member | None = None
     endpoint: str = ""
     members: tuple[Member, ...] = ()
+    drained: bool = False
     failure: str | None = None
 
 
-def _first_report(cluster: str, name: str, incarnation: str) -> Report:
+def _first_report(cluster: str, name: str, incarnation: str, digest: str) -> Report:
     log = start_logging(ClusterFolder(cluster).logs, name, capture_output=True)
     logger.info("process %d started, incarnation %s", os.getpid(), incarnation)
-    return Report(incarnation, ray.get_runtime_context().get_node_id(), os.getpid(), log)
+    return Report(incarnation, digest, ray.get_runtime_context().get_node_id(), os.getpid(), log)
 
 
 def _describe(error: Exception) -> str:
@@ -76,8 +80,8 @@ def _describe(error: Exception) -> str:
 class RankActor:
     """Holds one rank's worker, which runs in a thread of its own. Methods are called from several threads."""
 
-    def __init__(self, cluster: str, name: str, incarnation: str) -> None:
-        self._report = _first_report(cluster, name, incarnation)
+    def __init__(self, cluster: str, name: str, incarnation: str, digest: str) -> None:
+        self._report = _first_report(cluster, name, incarnation, digest)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
 
@@ -105,6 +109,15 @@ class RankActor:
             time.sleep(POLL_S)
         return report
 
+    def drain(self, wanted: bool) -> None:
+        """Take no reservations while `wanted`; the report says when nothing is left."""
+        self._worker.drain.wanted = wanted
+
+    def switch(self, topology: Topology, role: Role, digest: str) -> None:
+        """Serve another role with the weights that are loaded, and report by `digest` from now on."""
+        self._worker.switch(topology, role)
+        self._report = replace(self._report, digest=digest)
+
     def stop(self) -> None:
         """End the worker in good order: it frees what it holds."""
         self._stop.set()
@@ -113,7 +126,8 @@ class RankActor:
 
     def _now(self) -> Report:
         if self._thread.is_alive():
-            return replace(self._report, progress=self._worker.progress, member=self._worker.member())
+            worker = self._worker
+            return replace(self._report, progress=worker.progress, member=worker.member(), drained=worker.drain.is_done)
         return self._report
 
     def _run(self) -> None:
@@ -128,8 +142,8 @@ class RankActor:
 class RouterActor:
     """Holds one router, in the event loop that Ray gives an actor with coroutines for methods."""
 
-    def __init__(self, cluster: str, name: str, incarnation: str) -> None:
-        self._report = _first_report(cluster, name, incarnation)
+    def __init__(self, cluster: str, name: str, incarnation: str, digest: str) -> None:
+        self._report = _first_report(cluster, name, incarnation, digest)
         self._changed = asyncio.Event()
         self._service: RouterService | None = None
 
@@ -146,6 +160,13 @@ class RouterActor:
         if self._service is not None:
             self._service.set_members(list(members))
             self._say(replace(self._report, members=members))
+
+    async def drain(self, wanted: bool) -> None:
+        """Refuse new requests while `wanted`; the report says when none is left."""
+        if self._service is None:
+            return
+        await self._service.drain(wanted)
+        self._say(replace(self._report, drained=self._service.draining))
 
     async def watch(self, seen: Report | None) -> Report:
         """The report as soon as it is another than `seen`, or after WATCH_S."""

@@ -43,7 +43,6 @@ class ClusterState:
     name: str
     address: str
     topology: str
-    digest: str
     endpoints: tuple[str, ...]
     ray: LocalRay | None
 

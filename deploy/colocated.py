@@ -106,6 +106,10 @@ class ColocatedEngine:
     def sockets(self) -> list[Socket]:
         return self._decode.sockets
 
+    @property
+    def idle(self) -> bool:
+        return self._prefill.idle and self._decode.idle
+
     def forget(self, router: bytes) -> None:
         self._prefill.forget(router)
         self._decode.forget(router)

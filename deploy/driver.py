@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -18,6 +18,8 @@ from splitserve.cluster.errors import StartupError, WorkerUnavailable
 from splitserve.cluster.log import render
 from splitserve.deploy.cluster_spec import ClusterSpec
 from splitserve.deploy.cluster_state import namespace
+from splitserve.deploy.desired import Desired
+from splitserve.deploy.memory import Memory
 from splitserve.deploy.preflight import check_address
 from splitserve.deploy.progress import StatusView
 from splitserve.deploy.status import ClusterStatus, UnitStatus
@@ -63,6 +65,7 @@ def bring_up(spec: ClusterSpec, view: StatusView) -> tuple[str, ...]:
 
     Raises StartupError with the reason and the last log lines of the first worker that dies on the way.
     """
+    Memory(spec.topology.name).forget()
     ray.remote(Supervisor).options(
         name=SUPERVISOR,
         lifetime="detached",
@@ -71,14 +74,42 @@ def bring_up(spec: ClusterSpec, view: StatusView) -> tuple[str, ...]:
         max_concurrency=CALLS_AT_ONCE,
         num_cpus=0,
     ).remote(spec)
+    return _settled(view, 0, lambda now: now.dead).endpoints
+
+
+def change(method: str, *arguments: object) -> int:
+    """Change what is desired of the cluster by a method of `Desired`; returns the generation to wait for.
+
+    Raises what that method raises.
+    """
+    generation: int = _ask("change", method, arguments)
+    return generation
+
+
+def desired() -> Desired:
+    """What the cluster is to be. Raises WorkerUnavailable when there is no supervisor or it does not answer."""
+    answer: Desired = _ask("desired")
+    return answer
+
+
+def await_change(view: StatusView, generation: int) -> None:
+    """Wait until all is as is desired. Raises StartupError with the last words of a unit that keeps dying."""
+    _settled(view, generation, lambda now: now.failed)
+
+
+def _settled(
+    view: StatusView, generation: int, hopeless: Callable[[ClusterStatus], UnitStatus | None]
+) -> ClusterStatus:
+    """The status once it is settled. Raises StartupError about a unit that `hopeless` finds."""
     with view:
-        while not (now := status()).is_ready:
+        while not (now := status()).is_settled or now.generation < generation:
             view.show(now)
-            if now.dead is not None:
-                raise StartupError(_account(now.dead))
+            unit = hopeless(now) if now.generation >= generation else None
+            if unit is not None:
+                raise StartupError(_account(unit))
             time.sleep(POLL_S)
         view.show(now)
-    return now.endpoints
+    return now
 
 
 def status() -> ClusterStatus:

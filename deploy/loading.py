@@ -15,10 +15,34 @@ from splitserve.engine.kv_cache import KvCache, pages_for_budget
 from splitserve.engine.runner import ModelRunner
 from splitserve.engine.sequence import ModelLimits
 from splitserve.models.config import ModelConfig
+from splitserve.models.decoder import Decoder
 from splitserve.models.layers import TensorParallel
 from splitserve.models.resolve import load_model_config, resolve_model
 from splitserve.models.weights import load_model
 from splitserve.prefill_worker.runner import PrefillRunner, supports_model
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A rank's weights, which serve any role."""
+
+    config: ModelConfig
+    model: Decoder
+    limits: ModelLimits
+
+    def with_pages(self, spec: RankSpec) -> LoadedRank:
+        """The model over the KV pages that the pool of `spec`'s role asks for."""
+        pool, device = spec.topology.pool(spec.role), torch.device(spec.device)
+        layout = self.config.kv_layout(spec.tp, pool.page_size, spec.topology.model.dtype)
+        cache = KvCache(layout, pages_for_budget(layout, pool.kv_memory), device)
+        prefills = device.type == "cuda" and spec.role != "decode" and supports_model(self.config)
+        chunk_tokens = pool.chunk_tokens or DEFAULT_CHUNK_TOKENS
+        runner = (
+            PrefillRunner(self.model, cache, device, chunk_tokens)
+            if prefills
+            else ModelRunner(self.model, cache, device)
+        )
+        return LoadedRank(self.config, runner, self.limits)
 
 
 @dataclass(frozen=True)
@@ -30,9 +54,11 @@ class LoadedRank:
     limits: ModelLimits
 
 
-def load_rank(spec: RankSpec, group: TensorParallel, progress: Callable[[int, int], None] | None = None) -> LoadedRank:
+def load_weights(
+    spec: RankSpec, group: TensorParallel, progress: Callable[[int, int], None] | None = None
+) -> LoadedModel:
     """Load the part of the model that `spec` names. Raises StartupError for a GPU that cannot, and ModelLoadError."""
-    settings, pool = spec.topology.model, spec.topology.pool(spec.role)
+    settings = spec.topology.model
     device = torch.device(spec.device)
     config = load_model_config(settings.path)
     if device.type == "cuda":
@@ -48,10 +74,4 @@ def load_rank(spec: RankSpec, group: TensorParallel, progress: Callable[[int, in
         progress=progress,
         deterministic=settings.deterministic,
     )
-    limits = ModelLimits(settings.context, config.vocab_size, frozenset(config.eos_token_ids))
-    layout = config.kv_layout(spec.tp, pool.page_size, settings.dtype)
-    cache = KvCache(layout, pages_for_budget(layout, pool.kv_memory), device)
-    prefills = device.type == "cuda" and spec.role != "decode" and supports_model(config)
-    chunk_tokens = pool.chunk_tokens or DEFAULT_CHUNK_TOKENS
-    runner = PrefillRunner(model, cache, device, chunk_tokens) if prefills else ModelRunner(model, cache, device)
-    return LoadedRank(config, runner, limits)
+    return LoadedModel(config, model, ModelLimits(settings.context, config.vocab_size, frozenset(config.eos_token_ids)))

@@ -24,6 +24,7 @@ from splitserve.router.certificates import Certificates
 COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 GPU_COUNT_S = 120.0
 CONNECT_S = 10.0
+PROCESS_BYTES = 256 * 2**20  # that torch takes of every process
 REMEDY = "add hosts, or ask for fewer ranks or threads"
 
 
@@ -134,12 +135,12 @@ def _check_gpus(needed: int, available: int) -> None:
 
 
 def _check_memory(plan: Plan) -> None:
-    """Weights and KV of the ranks that compute on the CPU must fit into memory."""
+    """Weights, KV and processes of the ranks that compute on the CPU must fit into memory."""
     pools = [pool for pool in plan.pools if pool.device == "cpu"]
-    needed = sum((pool.weight_bytes + pool.kv_bytes) * len(pool.ranks) for pool in pools)
+    needed = sum((pool.weight_bytes + pool.kv_bytes + PROCESS_BYTES) * len(pool.ranks) for pool in pools)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
-        sizes = f"{format_bytes(needed)} for weights and KV; this host has {format_bytes(memory)}"
+        sizes = f"{format_bytes(needed)} for weights, KV and processes; this host has {format_bytes(memory)}"
         raise InsufficientResources(f"the cluster needs {sizes}: lower kv_memory or the number of ranks")
 
 

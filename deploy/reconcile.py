@@ -2,22 +2,27 @@
 
 A *unit* lives and dies together: all ranks of one engine, or one router.
 
-    absent --Start--> starting --its leader is ready--> ready
-       ^                 |                                |
-       |                 +------- a rank dies ------------+
-       |                                v
-       +----Bury (its other ranks are killed)----- dead
+    absent --Start--> starting --its leader is ready--> ready <--Drain(off)---+
+       ^                 |                                | `--Drain(on)--> draining --Switch--> starting, other role
+       |                 +------- a rank dies ------------+                  | Stop
+       |                                v                                    v
+       +----Bury (its other ranks are killed)----- dead                   stopping --Remove--> absent
 
-Routers hear of a death (Tell) before the engine starts again. A unit that keeps dying soon after its start waits
-longer before each try; after CRASH_LOOP quick deaths it counts as failed, and is still tried once a minute.
+Routers hear of a death (Tell) before the engine starts again, and of a drain before it begins. A unit that keeps dying
+soon after its start waits longer before each try; after CRASH_LOOP quick deaths it counts as failed, and is still tried
+once a minute.
+
+A unit has to leave at once where it is not wanted any more, or is to have another role. Units that run by an old spec
+leave one at a time, while all others are ready: that is a rolling restart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from splitserve.cluster.messages import Member
+from splitserve.cluster.topology_sections import Role
 
 QUICK_S = 60.0
 RETRY_S = (0.0, 1.0, 2.0, 4.0)
@@ -52,10 +57,14 @@ class Deaths:
 
 @dataclass(frozen=True)
 class UnitView:
-    """One unit as the supervisor sees it.
+    """One unit as the supervisor sees it, and what is wanted of it.
 
     `running`: it has processes. `death`: why a process of it is gone (None: all live). `member`: what routers are
     told of a ready engine. `told`: the membership that a ready router was last sent; None for all other units.
+    `draining`: what it was told, None where that is not known. `spent`: it has drained, or had its time to. `stopping`
+    and `stopped`: it was told to end, and has.
+
+    `wanted`: it is to run; `outdated`: not as it does; `new_role`: but for its role.
     """
 
     running: bool = False
@@ -63,6 +72,22 @@ class UnitView:
     member: Member | None = None
     told: tuple[Member, ...] | None = None
     deaths: Deaths = Deaths()
+    draining: bool | None = False
+    spent: bool = False
+    stopping: bool = False
+    stopped: bool = False
+    wanted: bool = True
+    outdated: bool = False
+    new_role: Role | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.running and self.death is None and not self.stopping and bool(self.member or self.told is not None)
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it is on its way out already."""
+        return self.stopping or self.draining is True
 
 
 @dataclass(frozen=True)
@@ -78,29 +103,93 @@ class Tell:
 
 
 @dataclass(frozen=True)
+class Drain:
+    unit: str
+    wanted: bool
+
+
+@dataclass(frozen=True)
+class Switch:
+    unit: str
+    role: Role
+
+
+@dataclass(frozen=True)
+class Stop:
+    unit: str
+
+
+@dataclass(frozen=True)
+class Remove:
+    unit: str
+
+
+@dataclass(frozen=True)
 class Start:
     unit: str
 
 
-Action = Bury | Tell | Start
+Action = Bury | Tell | Drain | Switch | Stop | Remove | Start
 
 
 def reconcile(observed: Mapping[str, UnitView], now: float) -> list[Action]:
-    """The actions, in order, that lead towards every unit in `observed` running. `now` is the clock of Deaths."""
-    dead = {name: view.death for name, view in observed.items() if view.running and view.death is not None}
-    membership = members(observed.values())
+    """The actions, in order, that lead towards every unit in `observed` being as is wanted. `now`: clock of Deaths."""
+    living = {name: view for name, view in observed.items() if view.running and view.death is None}
+    leaving = _leaving(observed)
+    membership = members(observed)
     return [
-        *(Bury(name, reason) for name, reason in dead.items()),
+        *(Bury(name, view.death) for name, view in observed.items() if view.running and view.death is not None),
         *(
             Tell(name, membership)
-            for name, view in observed.items()
-            if name not in dead and view.told is not None and view.told != membership
+            for name, view in living.items()
+            if view.told is not None and view.told != membership and not view.stopping
         ),
-        *(Start(name) for name, view in observed.items() if not view.running and now >= view.deaths.retry_at),
+        *(
+            Drain(name, name in leaving)
+            for name, view in living.items()
+            if view.is_ready and view.draining is not (name in leaving)
+        ),
+        *(_departure(name, view) for name, view in living.items() if name in leaving and _may_depart(view)),
+        *(Remove(name) for name, view in living.items() if view.stopped),
+        *(
+            Start(name)
+            for name, view in observed.items()
+            if view.wanted and not view.running and now >= view.deaths.retry_at
+        ),
     ]
 
 
-def members(views: Iterable[UnitView]) -> tuple[Member, ...]:
-    """What routers should know: every ready engine, in order of its name."""
-    ready = [view.member for view in views if view.running and view.death is None and view.member is not None]
-    return tuple(sorted(ready, key=lambda member: member.engine))
+def members(observed: Mapping[str, UnitView]) -> tuple[Member, ...]:
+    """What routers should know: every ready engine, in order of its name, and whether it is to leave."""
+    leaving = _leaving(observed)
+    ready = {name: view.member for name, view in observed.items() if view.is_ready and view.member is not None}
+    marked = [replace(member, draining=name in leaving) for name, member in ready.items()]
+    return tuple(sorted(marked, key=lambda member: member.engine))
+
+
+def _leaving(observed: Mapping[str, UnitView]) -> set[str]:
+    """Units that have to leave now."""
+    running = {name: view for name, view in observed.items() if view.running}
+    leaving = {
+        name
+        for name, view in running.items()
+        if not view.wanted or view.new_role is not None or view.stopping or (view.outdated and not view.is_ready)
+    }
+    outdated = [name for name, view in running.items() if view.outdated and name not in leaving]
+    rolling = [name for name in outdated if running[name].is_leaving]
+    if not rolling and not leaving and all(view.is_ready for view in observed.values() if view.wanted):
+        rolling = outdated[:1]
+    return leaving | set(rolling)
+
+
+def _may_depart(view: UnitView) -> bool:
+    """One that is not ready has nothing to end first."""
+    if view.stopping or view.draining is None:
+        return False
+    return view.spent if view.is_ready and view.draining else not view.is_ready
+
+
+def _departure(name: str, view: UnitView) -> Action:
+    if view.new_role is not None and view.wanted and view.is_ready:
+        return Switch(name, view.new_role)
+    return Stop(name)

@@ -9,7 +9,7 @@ from splitserve.cluster.sampling import SamplingParams
 from splitserve.deploy.status import ClusterStatus, UnitStatus
 
 DEFAULTS = SamplingParams()
-STATE_STYLES = {"ready": "green", "failed": "red", "down": "red"}
+STATE_STYLES = {"ready": "green", "failed": "red", "down": "red", "drained": "dim"}
 
 
 def timing_table(completion: Completion, sampling: Sampling) -> Table:
@@ -48,11 +48,11 @@ def status_table(status: ClusterStatus) -> Table:
     """A row for each engine and router of a cluster."""
     caption = f"KV transfer: {status.kv_path}"
     table = Table(title=f"cluster {status.name}", title_justify="left", caption=caption, caption_justify="left")
-    for column in ("unit", "state", "pids", "endpoint", "deaths", "last death"):
+    for column in ("unit", "role", "state", "pids", "endpoint", "deaths", "last death"):
         table.add_column(column)
     for unit in status.units:
         pids = ", ".join(str(worker.pid) for worker in unit.workers)
-        table.add_row(unit.name, _state(unit), pids, unit.endpoint, str(unit.deaths), unit.reason)
+        table.add_row(unit.name, unit.role, _state(unit), pids, unit.endpoint, str(unit.deaths), unit.reason)
     return table
 
 

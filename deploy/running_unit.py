@@ -1,10 +1,11 @@
-"""One unit's actors: placed, started, heard, told and killed. The supervisor's hands."""
+"""One unit's actors: placed, started, heard, told, drained and ended. The supervisor's hands."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from splitserve.cluster.messages import Member
 from splitserve.cluster.rank_spec import RankSpec
 from splitserve.cluster.topology import Topology
-from splitserve.deploy.actors import RankActor, Report, RouterActor
+from splitserve.cluster.topology_sections import Role
+from splitserve.deploy.actors import STOP_S, RankActor, Report, RouterActor
 from splitserve.deploy.cluster_spec import ClusterSpec
 from splitserve.deploy.reconcile import Deaths, UnitView
 from splitserve.deploy.status import UnitState, UnitStatus, WorkerStatus
@@ -42,13 +44,21 @@ Actor = Any  # an ActorHandle; Ray cannot type the methods of ours
 
 
 class RunningUnit:
-    """The living actors of a unit and what they last said. `death` is why one of them is gone."""
+    """The living actors of a unit and what they last said. `death` is why one of them is gone.
 
-    def __init__(self, unit: Unit, actors: Mapping[str, Actor], started_at: float) -> None:
+    `digest` is that of the spec that they serve by; None for an adopted unit, until it says so.
+    """
+
+    def __init__(self, unit: Unit, actors: Mapping[str, Actor], started_at: float, digest: str | None) -> None:
         self.unit = unit
         self.started_at = started_at
+        self.digest = digest
         self.reports: dict[str, Report] = {}
         self.death: str | None = None
+        self._draining: bool | None = False if digest else None
+        self._drained_from = 0.0
+        self._stops: list[ray.ObjectRef[None]] = []
+        self._stopped_at: float | None = None
         self._actors = actors
         self._told: tuple[Member, ...] = ()
         self._watches: dict[ray.ObjectRef[Report], str] = {}
@@ -69,6 +79,7 @@ class RunningUnit:
             self._die(name, _cause(error, self.reports.get(name)))
             return
         self.reports[name] = report
+        self.digest = self.digest or report.digest
         if report.failure is not None:
             self._die(name, report.failure)
         else:
@@ -85,9 +96,22 @@ class RunningUnit:
         self._told = members
         self._leader.set_members.remote(members)
 
+    def drain(self, wanted: bool) -> None:
+        """Have it refuse what is new from now on, or take it again."""
+        self._draining, self._drained_from = wanted, time.monotonic()
+        self._leader.drain.remote(wanted)
+
+    def switch(self, topology: Topology, role: Role, digest: str) -> None:
+        """Have all its ranks serve `role`."""
+        self._draining, self.digest = False, digest
+        for actor in self._actors.values():
+            actor.switch.remote(topology, role, digest)
+
     def stop(self) -> list[ray.ObjectRef[None]]:
         """Ask every actor that has started to end in good order; the calls end when they have."""
-        return [self._actors[name].stop.remote() for name in self.reports]
+        self._stopped_at = time.monotonic()
+        self._stops = [self._actors[name].stop.remote() for name in self.reports]
+        return self._stops
 
     def kill(self) -> None:
         for actor in self._actors.values():
@@ -99,41 +123,65 @@ class RunningUnit:
 
     @property
     def _leader_report(self) -> Report | None:
-        return self.reports.get(self.unit.workers[0])
+        """What the leader last said, unless it said so before a switch."""
+        report = self.reports.get(self.unit.workers[0])
+        return report if report is not None and report.digest == self.digest else None
+
+    @property
+    def role(self) -> Role | None:
+        """What the engine serves as; None where that is not known, and for a router."""
+        report = self._leader_report
+        return report.member.role if report and report.member else None
+
+    @property
+    def _has_stopped(self) -> bool:
+        if self._stopped_at is None:
+            return False
+        _, pending = ray.wait(self._stops, num_returns=len(self._stops), timeout=0) if self._stops else ([], [])
+        return not pending or time.monotonic() - self._stopped_at > STOP_S + 1
 
     @property
     def logs(self) -> dict[str, tuple[str, Path]]:
         """For each worker heard of, the node that it is on and its log file there."""
         return {name: (report.node, report.log) for name, report in self.reports.items()}
 
-    def view(self, deaths: Deaths) -> UnitView:
-        report = self._leader_report
+    def view(self, deaths: Deaths, deadline_s: float | None) -> UnitView:
+        """How it is. `deadline_s`: seconds that a drain may take."""
+        report, stopping = self._leader_report, self._stopped_at is not None
+        late = deadline_s is not None and time.monotonic() - self._drained_from >= deadline_s
         return UnitView(
             running=True,
-            death=self.death,
+            death=None if stopping else self.death,
             member=report.member if report else None,
             told=self._told if report and report.endpoint else None,
             deaths=deaths,
+            draining=self._draining,
+            spent=self._draining is True and (late or bool(report and report.drained)),
+            stopping=stopping,
+            stopped=self._has_stopped,
         )
 
-    def status(self, deaths: Deaths, membership: tuple[Member, ...]) -> UnitStatus:
+    def status(self, deaths: Deaths, membership: tuple[Member, ...], current: bool) -> UnitStatus:
         report = self._leader_report
         workers = tuple(
             WorkerStatus(name, report.node, report.pid, report.progress) for name, report in self.reports.items()
         )
         endpoint = report.endpoint if report else ""
-        return UnitStatus(self.unit.name, self._state(membership), workers, deaths.total, deaths.last_reason, endpoint)
+        role, state = self.role or self.unit.role or "router", self._state(membership)
+        return UnitStatus(self.unit.name, role, state, workers, deaths.total, deaths.last_reason, endpoint, current)
 
     def _state(self, membership: tuple[Member, ...]) -> UnitState:
         report = self._leader_report
+        if self._draining or self._stopped_at is not None:
+            return "draining"
         if report is None:
-            return "placing"
+            return "loading" if self.reports else "placing"
         if report.member is not None or (report.endpoint and report.members == membership):
             return "ready"
         return "loading" if any(report.progress[1] for report in self.reports.values()) else "starting"
 
 
-def start_unit(spec: ClusterSpec, unit: Unit, now: float) -> RunningUnit:
+def start_unit(spec: ClusterSpec, unit: Unit, digest: str, now: float) -> RunningUnit:
     """Create a unit's actors in its placement group and set them going. Returns before they are placed."""
     incarnation = secrets.token_hex(4)
     group = _placement_group(spec, unit)
@@ -147,20 +195,20 @@ def start_unit(spec: ClusterSpec, unit: Unit, now: float) -> RunningUnit:
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, index),
             runtime_env={"env_vars": environment(spec.topology, unit, len(os.sched_getaffinity(0)))},
             **_actor_resources(_resources(spec.topology, unit)),
-        ).remote(spec.topology.name, name, incarnation)
+        ).remote(spec.topology.name, name, incarnation, digest)
         for index, name in enumerate(unit.workers)
     }
     if unit.is_router:
         actors[unit.name].start.remote(spec.topology, unit.index, spec.keys)
     _start_ranks(spec, unit, actors, incarnation)
-    return RunningUnit(unit, actors, now)
+    return RunningUnit(unit, actors, now, digest)
 
 
 def _start_ranks(spec: ClusterSpec, unit: Unit, actors: Mapping[str, Actor], incarnation: str) -> None:
     """Followers are handed the leader's answer, its group address, so that they start once it is there."""
     group_address: Any = ""
     for rank in unit.ranks:
-        answer = actors[rank.name].start.remote(_rank_spec(spec, rank, incarnation), group_address)
+        answer = actors[rank.name].start.remote(_rank_spec(spec, unit, rank, incarnation), group_address)
         if rank.tp_rank == 0:
             group_address = answer
 
@@ -170,9 +218,9 @@ def find_actors(unit: Unit) -> dict[str, Actor]:
     return {name: actor for name in unit.workers if (actor := _find_actor(name)) is not None}
 
 
-def release_placement(unit: Unit) -> None:
+def release_placement(unit: str) -> None:
     with contextlib.suppress(ValueError):
-        remove_placement_group(get_placement_group(unit.name))
+        remove_placement_group(get_placement_group(unit))
 
 
 def _find_actor(name: str) -> Actor | None:
@@ -183,21 +231,23 @@ def _find_actor(name: str) -> Actor | None:
 
 
 def _placement_group(spec: ClusterSpec, unit: Unit) -> PlacementGroup:
-    """The unit's own, made at its first start: a bundle for each worker, on one node if they fit."""
-    try:
-        group: PlacementGroup = get_placement_group(unit.name)
-    except ValueError:
-        bundles = [_resources(spec.topology, unit)] * len(unit.workers)
-        group = placement_group(bundles, strategy="PACK", name=unit.name, lifetime="detached")
+    """The unit's own, made when it asks for other places than before: a bundle a worker, on one node if they fit."""
+    bundles = [_resources(spec.topology, unit)] * len(unit.workers)
+    with contextlib.suppress(ValueError):
+        known: PlacementGroup = get_placement_group(unit.name)
+        if known.bundle_specs == bundles:
+            return known
+        remove_placement_group(known)
+    group: PlacementGroup = placement_group(bundles, strategy="PACK", name=unit.name, lifetime="detached")
     return group
 
 
 def _resources(topology: Topology, unit: Unit) -> dict[str, float]:
     """What one worker of the unit takes of a node."""
-    if unit.is_router:
+    if unit.pool is None:
         resources, node_resource = {"CPU": 1.0}, topology.router.node_resource
     else:
-        pool = topology.pool(unit.ranks[0].role)
+        pool = topology.pool(unit.pool)
         resources, node_resource = {"CPU": float(pool.threads)}, pool.node_resource
         if pool.device == "cuda":
             resources["GPU"] = pool.gpu_fraction
@@ -212,7 +262,7 @@ def _actor_resources(resources: Mapping[str, float]) -> dict[str, Any]:
 
 def environment(topology: Topology, unit: Unit, host_cpus: int) -> dict[str, str]:
     """Environment of a unit's processes: torch reads it when it loads. MKL_CBWR: same bits in any batch."""
-    threads = "1" if unit.is_router else str(topology.pool(unit.ranks[0].role).threads)
+    threads = "1" if unit.pool is None else str(topology.pool(unit.pool).threads)
     crowded = _cpu_threads(topology) > host_cpus * topology.hosts.count
     return {
         "OMP_NUM_THREADS": threads,
@@ -232,17 +282,20 @@ def _cpu_threads(topology: Topology) -> int:
     return ranks + topology.router.replicas
 
 
-def _rank_spec(spec: ClusterSpec, rank: RankPlace, incarnation: str) -> RankSpec:
+def _rank_spec(spec: ClusterSpec, unit: Unit, rank: RankPlace, incarnation: str) -> RankSpec:
+    assert unit.pool is not None
+    assert unit.role is not None
     return RankSpec(
         topology=spec.topology,
-        role=rank.role,
+        role=unit.role,
         replica=rank.replica,
         dp_rank=rank.dp_rank,
         tp_rank=rank.tp_rank,
-        device=spec.topology.pool(rank.role).device,
+        device=spec.topology.pool(unit.pool).device,
         bind=spec.topology.security.bind,
         incarnation=incarnation,
         keys=spec.keys,
+        home=unit.pool,
     )
 
 

@@ -1,20 +1,24 @@
-"""The loop that every engine's leader runs: take messages, make a step, wait only when there is nothing to do."""
+"""The loop that every engine's leader runs: take messages, make a step, wait only when there is nothing to do.
+
+An engine that drains refuses reservations and ends what it holds. Prompts still come in: decode has room for them.
+"""
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
 
 from splitserve.cluster.channel import Socket, WorkerChannel, wait
-from splitserve.cluster.messages import EngineStats, Heartbeat, PrefixUpdate
+from splitserve.cluster.messages import Busy, EngineStats, Heartbeat, PrefixUpdate, Reserve
 
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_MS = 50
 STATS_INTERVAL_S = 0.5
+SETTLE_S = 0.5  # a prompt may still be under way from a router that has not heard of the drain
+DRAINING_RETRY_S = 0.1
 
 Send = Callable[[bytes, object], None]
 
@@ -36,23 +40,50 @@ class Engine(Protocol):
     def expire(self) -> None:
         """End the requests whose deadline has passed."""
 
+    @property
+    def idle(self) -> bool:
+        """Whether it holds nothing of any request."""
+
     def stats(self) -> EngineStats: ...
 
     def prefix_update(self, since: int) -> PrefixUpdate | None:
         """How the prefix cache has changed since version `since`; None where it has not."""
 
 
-def serve(engine: Engine, channel: WorkerChannel, stop: threading.Event, lease_s: float) -> None:
-    """Serve until `stop` is set. A router that is silent for `lease_s` loses its requests."""
+class Drain:
+    """An engine's drain, set off by other threads: `wanted` while it is to take no reservations."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._idle_since: float | None = None
+
+    def note(self, idle: bool, now: float) -> None:
+        """Hear from the loop whether its engine is idle."""
+        if not (self.wanted and idle):
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = now
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the engine has been idle for SETTLE_S."""
+        since = self._idle_since
+        return since is not None and time.monotonic() - since >= SETTLE_S
+
+
+def serve(engine: Engine, channel: WorkerChannel, is_over: Callable[[], bool], lease_s: float, drain: Drain) -> None:
+    """Serve until `is_over`. A router that is silent for `lease_s` loses its requests."""
     leases = RouterLeases(lease_s)
     next_round = time.monotonic() + STATS_INTERVAL_S
-    while not stop.is_set():
+    while not is_over():
         for router, item in channel.receive():
             leases.renew(router, time.monotonic())
             if isinstance(item, Heartbeat):
                 channel.send(router, engine.stats())
                 if (update := engine.prefix_update(item.prefix_version)) is not None:
                     channel.send(router, update)
+            elif drain.wanted and isinstance(item, Reserve):
+                channel.send(router, Busy(item.request_id, item.attempt, DRAINING_RETRY_S))
             else:
                 engine.handle(router, item)
         if time.monotonic() >= next_round:
@@ -65,7 +96,9 @@ def serve(engine: Engine, channel: WorkerChannel, stop: threading.Event, lease_s
             engine.expire()
             for router in leases.routers:
                 channel.send(router, engine.stats())
-        if not engine.step():
+        worked = engine.step()
+        drain.note(engine.idle, time.monotonic())
+        if not worked:
             wait([channel.socket, *engine.sockets], IDLE_WAIT_MS)
 
 

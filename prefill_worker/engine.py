@@ -139,6 +139,10 @@ class PrefillEngine:
     def sockets(self) -> list[Socket]:
         return self._ranks.sockets
 
+    @property
+    def idle(self) -> bool:
+        return not (self._waiting or self._running or self._sending or self._under_way)
+
     def forget(self, router: bytes) -> None:
         for request in self._requests():
             if request.router == router:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from splitserve.cluster.channel import CurveKeys, RouterChannel
@@ -80,10 +81,13 @@ class Engines:
         return iter(self._engines.values())
 
     def set_members(self, members: Sequence[Member]) -> None:
-        """Connect to new engines and drop those that are gone. A changed incarnation is a new engine."""
+        """Connect to new engines and drop those that are gone. Only a drain changes an engine: else it is a new one."""
         wanted = {member.engine: member for member in members}
         for name, engine in list(self._engines.items()):
-            if wanted.get(name) != engine.member:
+            member = wanted.get(name)
+            if member is not None and replace(member, draining=engine.member.draining) == engine.member:
+                engine.member = member
+            else:
                 del self._engines[name]
                 engine.close()
                 self.prefixes.remove(name)
@@ -98,7 +102,8 @@ class Engines:
 
     def views(self, *roles: str) -> list[EngineView]:
         """The engines of these roles that can take requests, by name."""
-        ready = [engine for name, engine in sorted(self._engines.items()) if engine.ready]
+        engines = [engine for _, engine in sorted(self._engines.items())]
+        ready = [engine for engine in engines if engine.ready and not engine.member.draining]
         return [engine.view for engine in ready if engine.member.role in roles]
 
     def place(self, name: str, message: Reserve | Prefill, tokens: int) -> None:

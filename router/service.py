@@ -90,6 +90,16 @@ class RouterService:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self.dispatcher.engines.set_members, self._members)
 
+    async def drain(self, wanted: bool) -> None:
+        """Refuse new requests while `wanted`; running ones go on, and the last of them is awaited."""
+        self.dispatcher.admission.closed = wanted
+        if wanted:
+            await self.dispatcher.admission.drained()
+
+    @property
+    def draining(self) -> bool:
+        return self.dispatcher.admission.closed
+
     async def stop(self) -> None:
         """Refuse new requests, give running ones GRACE_S seconds, then end them."""
         self._health_task.cancel()

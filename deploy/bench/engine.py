@@ -18,7 +18,7 @@ from splitserve.cluster.topology import Topology
 from splitserve.cluster.topology_sections import DEFAULT_CHUNK_TOKENS
 from splitserve.decode_worker.device_loop import DecodeLoop
 from splitserve.deploy.assembly import Leader, build_engine, rank_parts
-from splitserve.deploy.loading import load_rank
+from splitserve.deploy.loading import load_weights
 from splitserve.engine.ranks import Rank, Ranks
 from splitserve.models.layers import SingleRank
 
@@ -38,7 +38,7 @@ class EngineAlone:
             raise InvalidRequest("decode.layout", topology.decode.layout.ranks, "one engine alone has one rank: use 1")
         began = time.perf_counter()
         spec = self._spec(topology)
-        loaded = load_rank(spec, SingleRank())
+        loaded = load_weights(spec, SingleRank()).with_pages(spec)
         self._synchronize: Callable[[], None] = torch.cuda.synchronize if spec.device != "cpu" else lambda: None
         self._synchronize()
         self.load_s = time.perf_counter() - began

@@ -12,6 +12,7 @@ from rich.console import Console
 from splitserve.client import Client, Completion, Sampling, Stream
 from splitserve.cluster.errors import InvalidRequest
 from splitserve.cluster.topology_file import load_topology_file
+from splitserve.deploy.change import require_same
 from splitserve.deploy.commands.connection import (
     add_connection,
     add_sampling,
@@ -80,6 +81,8 @@ def demo(arguments: argparse.Namespace) -> int:
     file, text = load_topology_file(arguments.file), arguments.text
     began = time.monotonic()
     cluster = launch(file, None, make_view())
+    if not cluster.is_new:
+        require_same(cluster.state, file)
     try:
         print(f"ready after {time.monotonic() - began:.1f} s\n> {text or QUESTION}", file=sys.stderr, flush=True)
         with Client(cluster.state.endpoints[0]) as client:

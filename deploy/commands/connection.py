@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from pathlib import Path
 from typing import TypedDict
@@ -61,6 +62,27 @@ def _pem(name: str, path: Path | None) -> bytes | None:
     except OSError as error:
         option = name.replace("_", "-")
         raise InvalidRequest(option, str(path), f"{error.strerror}: name a readable PEM file") from error
+
+
+def add_deadline(parser: argparse.ArgumentParser, when: str = "", default: float | None = None) -> None:
+    parser.add_argument(
+        "--deadline",
+        type=_seconds,
+        default=default,
+        metavar="SECONDS",
+        help=f"{when}what a worker runs may take so long to end, and goes on with others then "
+        f"(default: {'until it ends' if default is None else '%(default)s'})",
+    )
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError
+    return value
+
+
+_seconds.__name__ = "number of seconds"  # argparse calls it that in its message
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

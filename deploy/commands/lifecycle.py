@@ -15,7 +15,9 @@ from rich.console import Console
 from splitserve.cluster.errors import NotFound
 from splitserve.cluster.log import log_path, merge, render, tail
 from splitserve.cluster.topology_file import TopologyFile, load_topology_file
+from splitserve.deploy.change import is_as, roll
 from splitserve.deploy.cluster_state import ClusterFolder, ClusterState, find_cluster, write_atomically
+from splitserve.deploy.commands.connection import add_deadline
 from splitserve.deploy.default_topology import default_topology
 from splitserve.deploy.launch import launch, stop
 from splitserve.deploy.preflight import count_gpus
@@ -25,7 +27,7 @@ from splitserve.deploy.report import status_table
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("up", help="start a cluster and return when it answers")
+    parser = commands.add_parser("up", help="start a cluster and return when it answers, or change one that runs")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("file", nargs="?", metavar="FILE", help="topology file")
     what.add_argument("--model", metavar="PATH", help="a model instead: the topology is made for this host and shown")
@@ -37,6 +39,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="SECONDS",
         help="how long nodes may take to join the Ray at --address (default: all are there)",
     )
+    add_deadline(parser, "where it runs already and FILE has changed: ")
     parser.add_argument("--foreground", action="store_true", help="stay, and end the cluster on Ctrl-C")
     parser.set_defaults(run=up)
 
@@ -61,8 +64,12 @@ def up(arguments: argparse.Namespace) -> int:
     name, began = file.topology.name, time.monotonic()
     cluster = launch(file, arguments.address, make_view(), arguments.wait)
     if not cluster.is_new:
-        print(f"cluster {name} is already running")
-        print_ready(cluster.state)
+        if is_as(cluster.state, file.topology):
+            print(f"cluster {name} is already running")
+        else:
+            roll(cluster.state, file, make_view(), arguments.deadline)
+            print(f"cluster {name} is as {file.path} says after {time.monotonic() - began:.1f} s")
+        print_ready(find_cluster(name))
         return 0
     print(f"cluster {name} is ready after {time.monotonic() - began:.1f} s")
     print_ready(cluster.state)

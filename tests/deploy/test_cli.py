@@ -17,9 +17,8 @@ from splitserve.cluster.topology_file import load_topology
 from splitserve.cluster.topology_sections import Router
 from splitserve.deploy import preflight
 from splitserve.deploy.cli import main
-from splitserve.deploy.cluster_state import ClusterFolder, ClusterState, LocalRay
+from splitserve.deploy.cluster_state import ClusterFolder, ClusterState
 from splitserve.deploy.commands import lifecycle
-from splitserve.deploy.processes import Process
 from tests.deploy.clusters import free_port, write_topology
 from tests.tiny_model import write_tiny_moe
 
@@ -119,7 +118,7 @@ def test_too_little_memory_is_told(capsys: pytest.CaptureFixture[str], tmp_path:
     file.write_text(file.read_text().replace("8MiB", "900TB"))
     status, error = fail(capsys, "up", file)
     assert status == 1
-    assert "for weights and KV; this host has" in error
+    assert "for weights, KV and processes; this host has" in error
 
 
 @pytest.mark.parametrize(
@@ -158,27 +157,11 @@ def test_faulty_arguments_are_the_users(capsys: pytest.CaptureFixture[str], argu
     assert error.startswith(message)
 
 
-def test_a_running_cluster_of_another_topology_is_told(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path
-) -> None:
-    file = write_topology(tmp_path, tiny_model)
-    name = file.read_text().split()[1]
-    folder, me = ClusterFolder(name), Process.of(os.getpid())
-    assert me is not None
-    folder.make()
-    ray = LocalRay(me, str(tmp_path / "ray"))
-    folder.write(ClusterState(name, "10.0.0.1:6379", "old.yaml", "other digest", ("127.0.0.1:1",), ray))
-    status, error = fail(capsys, "up", file)
-    assert status == 1
-    assert error.startswith(f"cluster {name} is running as old.yaml described it")
-    assert f"`splitserve down {name}` first" in error
-
-
 def test_a_cluster_whose_ray_is_gone(capsys: pytest.CaptureFixture[str]) -> None:
     address = f"127.0.0.1:{free_port()}"
     folder = ClusterFolder("gone")
     folder.make()
-    folder.write(ClusterState("gone", address, "t.yaml", "digest", ("127.0.0.1:1",), None))
+    folder.write(ClusterState("gone", address, "t.yaml", ("127.0.0.1:1",), None))
     for command in ("status", "down"):
         status, error = fail(capsys, command)
         assert status == 1

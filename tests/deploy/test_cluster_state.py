@@ -26,7 +26,7 @@ ME = Process.of(os.getpid())
 
 
 def joined(name: str) -> ClusterState:
-    return ClusterState(name, "10.0.0.1:6379", "/topology.yaml", "digest", ("10.0.0.1:50061",), None)
+    return ClusterState(name, "10.0.0.1:6379", "/topology.yaml", ("10.0.0.1:50061",), None)
 
 
 def local(name: str, owner: Process, folder: Path) -> ClusterState:

@@ -28,7 +28,7 @@ def folder() -> ClusterFolder:
 
 
 def write_state(folder: ClusterFolder, ray: LocalRay, address: str) -> None:
-    folder.write(ClusterState(folder.name, address, "topology.yaml", "digest", ("127.0.0.1:1",), ray))
+    folder.write(ClusterState(folder.name, address, "topology.yaml", ("127.0.0.1:1",), ray))
 
 
 def is_gone(ray: LocalRay) -> bool:

@@ -12,9 +12,14 @@ from splitserve.deploy.reconcile import (
     QUICK_S,
     RETRY_S,
     SLOW_RETRY_S,
+    Action,
     Bury,
     Deaths,
+    Drain,
+    Remove,
     Start,
+    Stop,
+    Switch,
     Tell,
     UnitView,
     reconcile,
@@ -89,39 +94,147 @@ def test_a_long_life_is_forgiven() -> None:
     assert deaths.total == CRASH_LOOP
 
 
+def test_a_drain_is_told_to_routers_before_the_engine() -> None:
+    unwanted = replace(ready("decode/0/0"), wanted=False)
+    router = UnitView(running=True, told=(member("decode/0/0"),))
+    marked = replace(member("decode/0/0"), draining=True)
+    observed = {"decode/0/0": unwanted, "router/0": router}
+    assert reconcile(observed, 0.0) == [Tell("router/0", (marked,)), Drain("decode/0/0", True)]
+    told = {"decode/0/0": replace(unwanted, draining=True), "router/0": replace(router, told=(marked,))}
+    assert reconcile(told, 0.0) == []
+    spent = {**told, "decode/0/0": replace(unwanted, draining=True, spent=True)}
+    assert reconcile(spent, 0.0) == [Stop("decode/0/0")]
+    stopping = {**told, "decode/0/0": replace(unwanted, draining=True, spent=True, stopping=True)}
+    assert reconcile(stopping, 0.0) == [Tell("router/0", ())]
+    gone = {"decode/0/0": UnitView(wanted=False), "router/0": replace(router, told=())}
+    assert reconcile(gone, 0.0) == []
+
+
+def test_a_drain_that_is_called_off() -> None:
+    draining = replace(ready("decode/0/0"), draining=True)
+    assert reconcile({"decode/0/0": draining}, 0.0) == [Drain("decode/0/0", False)]
+
+
+def test_one_that_dies_while_it_drains_does_not_come_back() -> None:
+    dying = replace(ready("decode/0/0"), wanted=False, draining=True, death="killed")
+    assert reconcile({"decode/0/0": dying}, 0.0) == [Bury("decode/0/0", "killed")]
+    assert reconcile({"decode/0/0": UnitView(wanted=False)}, 1e9) == []
+
+
+def test_an_adopted_unit_that_must_leave_is_heard_first() -> None:
+    adopted = UnitView(running=True, draining=None, wanted=False)
+    assert reconcile({"decode/0/0": adopted}, 0.0) == []
+    heard = replace(adopted, member=member("decode/0/0"))
+    assert reconcile({"decode/0/0": heard}, 0.0) == [Drain("decode/0/0", True)]
+
+
+def test_a_roll_waits_until_all_others_are_ready() -> None:
+    old = {name: replace(ready(name), outdated=True) for name in ("decode/0/0", "decode/1/0")}
+    assert reconcile(old, 0.0) == [Drain("decode/0/0", True)]
+    assert reconcile({**old, "prefill/0/0": STARTING}, 0.0) == []
+    one_leaves = {**old, "decode/0/0": replace(old["decode/0/0"], draining=True)}
+    assert reconcile(one_leaves, 0.0) == []
+
+
+def test_an_old_one_that_is_not_ready_is_replaced_at_once() -> None:
+    loading = replace(STARTING, outdated=True)
+    old = replace(ready("decode/1/0"), outdated=True)
+    assert reconcile({"decode/0/0": loading, "decode/1/0": old}, 0.0) == [Stop("decode/0/0")]
+
+
+def test_a_switch_keeps_the_process() -> None:
+    view = replace(ready("decode/0/0"), new_role="prefill")
+    assert reconcile({"decode/0/0": view}, 0.0) == [Drain("decode/0/0", True)]
+    spent = replace(view, draining=True, spent=True)
+    assert reconcile({"decode/0/0": spent}, 0.0) == [Switch("decode/0/0", "prefill")]
+    assert reconcile({"decode/0/0": replace(spent, wanted=False)}, 0.0) == [Stop("decode/0/0")]
+
+
+class Simulated:
+    """A cluster that carries out what reconcile says, in its own time, while units die and wishes change."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.now = 0.0
+        self.engines = [f"decode/{index}/0" for index in range(self.random.randint(1, 4))]
+        self.routers = [f"router/{index}" for index in range(self.random.randint(1, 2))]
+        self.views = dict.fromkeys([*self.engines, *self.routers], ABSENT)
+        self.specs = dict.fromkeys(self.views, 0)  # by which each runs
+        self.newest = 0
+
+    def step(self, disturbed: bool) -> list[Action]:
+        self.now += 1.0
+        for name, view in self.views.items():
+            self.views[name] = self._live(name, view, disturbed)
+        actions = reconcile(self.views, self.now)
+        for action in actions:
+            self.views[action.unit] = self._carry_out(action, self.views[action.unit])
+        return actions
+
+    def _live(self, name: str, view: UnitView, disturbed: bool) -> UnitView:
+        chance = self.random.random
+        if disturbed and chance() < 0.05:
+            self.newest += 1
+        if disturbed and chance() < 0.1:
+            view = replace(view, wanted=not view.wanted)
+        if not disturbed:
+            view = replace(view, wanted=True)
+        if not view.running:
+            return view
+        if disturbed and chance() < 0.1:
+            return replace(view, death=None if view.stopping else "killed")
+        view = replace(view, outdated=self.specs[name] != self.newest)
+        if name in self.engines and view.member is None and chance() < 0.5:
+            view = replace(view, member=member(name, str(self.now)))
+        return replace(view, spent=bool(view.draining) and chance() < 0.5, stopped=view.stopping and chance() < 0.5)
+
+    def _carry_out(self, action: Action, view: UnitView) -> UnitView:
+        if not isinstance(action, Start):
+            assert view.running
+        match action:
+            case Bury(_, reason):
+                deaths = view.deaths.after(reason, started_at=self.now - 1, now=self.now)
+                return UnitView(deaths=deaths, wanted=view.wanted)
+            case Tell(_, membership):
+                assert view.death is None
+                return replace(view, told=membership)
+            case Drain(_, wanted):
+                return replace(view, draining=wanted)
+            case Stop():
+                assert not view.is_ready or view.spent, "it held requests"
+                return replace(view, stopping=True)
+            case Remove():
+                return UnitView(deaths=view.deaths, wanted=view.wanted)
+            case Start(name):
+                assert not view.running
+                assert view.wanted
+                self.specs[name] = self.newest
+                return UnitView(running=True, told=() if name in self.routers else None, deaths=view.deaths)
+            case Switch():
+                raise AssertionError("nobody asked for it")
+
+
 @pytest.mark.parametrize("seed", range(200))
-def test_random_deaths_always_heal(seed: int) -> None:
-    """Carrying out the actions leads to a settled cluster with every unit running and routers that know all engines."""
-    random_ = random.Random(seed)
-    engines = [f"decode/{index}/0" for index in range(random_.randint(1, 4))]
-    routers = [f"router/{index}" for index in range(random_.randint(1, 2))]
-    views = dict.fromkeys([*engines, *routers], ABSENT)
-    now = 0.0
-    for step in range(300):
-        now += 1.0
-        if step < 60 and random_.random() < 0.3:
-            name = random_.choice([*engines, *routers])
-            views[name] = replace(views[name], death="killed" if views[name].running else None)
-        for action in reconcile(views, now):
-            views[action.unit] = carry_out(action, views[action.unit], now, engines)
-    told = tuple(member(name, views[name].member.incarnation) for name in engines if views[name].member)  # type: ignore[union-attr]
-    assert all(view.running and view.death is None for view in views.values())
-    assert len(told) == len(engines)
-    assert all(views[router].told == told for router in routers)
-    assert reconcile(views, now) == []
+def test_whatever_happens_and_is_wanted_it_settles(seed: int) -> None:
+    """Every unit runs by the newest spec in the end, and routers know all engines."""
+    cluster = Simulated(seed)
+    for step in range(600):
+        cluster.step(disturbed=step < 60)
+    views = cluster.views
+    told = tuple(views[name].member for name in cluster.engines)
+    assert all(view.is_ready and not view.is_leaving for view in views.values())
+    assert set(cluster.specs.values()) == {cluster.newest}
+    assert all(views[router].told == told for router in cluster.routers)
+    assert cluster.step(disturbed=False) == []
 
 
-def carry_out(action: Bury | Tell | Start, view: UnitView, now: float, engines: list[str]) -> UnitView:
-    match action:
-        case Bury(_, reason):
-            assert view.running
-            return UnitView(deaths=view.deaths.after(reason, started_at=now - 1, now=now))
-        case Tell(_, members):
-            assert view.running
-            assert view.death is None
-            return replace(view, told=members)
-        case Start(name):
-            assert not view.running
-            if name in engines:
-                return UnitView(running=True, member=member(name, str(now)), deaths=view.deaths)
-            return UnitView(running=True, told=(), deaths=view.deaths)
+@pytest.mark.parametrize("seed", range(50))
+def test_a_roll_takes_one_at_a_time(seed: int) -> None:
+    cluster = Simulated(seed)
+    while cluster.step(disturbed=False) or not all(view.is_ready for view in cluster.views.values()):
+        pass
+    cluster.newest += 1
+    for _ in range(200):
+        cluster.step(disturbed=False)
+        assert sum(not view.is_ready or view.is_leaving for view in cluster.views.values()) <= 1
+    assert set(cluster.specs.values()) == {1}
