@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from splitserve.cluster.codec import message
+from splitserve.cluster.counts import BytesUsed, EngineCounts, TransferCounts, Transport
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.sampling import SamplingParams
 
@@ -36,7 +37,7 @@ class RankEndpoint:
     """
 
     address: str
-    transport: Literal["memory", "cuda_ipc", "shm", "nccl", "tcp"]
+    transport: Transport
     host: str
     segment: str
     window_offset: int
@@ -221,12 +222,16 @@ class EngineSpeed:
     pending_tokens: int = 0
     prefill_tokens_per_s: float = 0.0
     step_s: float = 0.0
-    slots: int = 0
 
 
 @message
 @dataclass(frozen=True)
 class EngineStats:
+    """How an engine stands, and what it has done.
+
+    `slots`: sequences that it decodes at once; `staging`: for KV that comes in; `links_up`: its NCCL communicators.
+    """
+
     engine: str
     incarnation: str
     role: Literal["prefill", "decode", "colocated"]
@@ -236,6 +241,12 @@ class EngineStats:
     free_tokens: int
     total_tokens: int
     preemptions: int
+    slots: int
+    host_tier: BytesUsed
+    staging: BytesUsed
+    counts: EngineCounts
+    transfers: tuple[TransferCounts, ...]
+    links_up: int
     speed: EngineSpeed
 
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from splitserve.cluster.channel import Socket
+from splitserve.cluster.counts import EngineCounts
 from splitserve.cluster.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -100,6 +102,7 @@ class DecodeEngine:
         self._requests: dict[str, _Request] = {}
         self._slots = Slots(blocks, limits.slots)
         self._step_time = StepTime(clock)
+        self._counts: Counter[str] = Counter()
 
     def handle(self, router: bytes, item: object) -> None:
         match item:
@@ -115,6 +118,7 @@ class DecodeEngine:
         self._settle_transfers()
         self._step_time.began()
         launched = self._steps.has_room and self._steps.launch(self._slots.schedule())
+        self._counts["decode_steps"] += launched
         outcomes = self._steps.results()
         if outcomes:
             self._step_time.ended()
@@ -155,7 +159,13 @@ class DecodeEngine:
             free_tokens=self._blocks.free_pages * self._blocks.page_size,
             total_tokens=self._blocks.num_pages * self._blocks.page_size,
             preemptions=self._slots.preemptions,
-            speed=EngineSpeed(step_s=self._step_time.seconds if self._slots.running else 0.0, slots=self._limits.slots),
+            slots=self._limits.slots,
+            host_tier=self._blocks.host_bytes(self._layout.bytes_per_page),
+            staging=self._inlet.staging,
+            counts=EngineCounts(**self._counts),
+            transfers=(),
+            links_up=0,
+            speed=EngineSpeed(step_s=self._step_time.seconds if self._slots.running else 0.0),
         )
 
     def prefix_update(self, since: int) -> PrefixUpdate | None:
@@ -193,6 +203,9 @@ class DecodeEngine:
             self._free_tables(request)
             return None
         self._requests[request.transfer_id] = request
+        if item.params.prompt_logprobs is None:
+            self._counts["queried_tokens"] += len(item.token_ids)
+            self._counts["cached_tokens"] += ticket.start_token
         return Granted(item.request_id, item.attempt, ticket)
 
     def _pages_for(self, item: Reserve) -> int:
@@ -269,6 +282,7 @@ class DecodeEngine:
                 self._fail(request, ModelFailure("the model's logits are not finite"))
                 continue
             sequence.computed_tokens = len(sequence.token_ids)
+            self._counts["output_tokens"] += 1
             outgoing.setdefault(request.router, []).append(sequence.take(chosen.token_id, chosen.logprobs))
             assert sequence.table is not None
             self._blocks.publish(sequence.table, sequence.token_ids, sequence.computed_tokens)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from splitserve.cluster.channel import Socket
 from splitserve.cluster.codec import message
+from splitserve.cluster.counts import BytesUsed
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import HandOff, RankEndpoint, Reserve, Ticket
 from splitserve.engine.block_manager import BlockTable
@@ -43,6 +44,10 @@ class KvInlet(Protocol):
         """The engine's part is over: KV that still comes in for this transfer reaches no page."""
 
     def poll(self) -> list[Landed | Lost]: ...
+
+    @property
+    def staging(self) -> BytesUsed:
+        """What is granted of one rank's staging."""
 
 
 @message
@@ -148,6 +153,10 @@ class ReceiveInlet:
     def poll(self) -> list[Landed | Lost]:
         events = [self._take(rank, report) for rank, report in self._ranks.poll()]
         return [event for event in events if event is not None]
+
+    @property
+    def staging(self) -> BytesUsed:
+        return BytesUsed(self._staging.granted_bytes, self._staging.capacity)
 
     def _take(self, rank: int, report: object) -> Landed | Lost | None:
         match report:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from splitserve.cluster.channel import Socket
+from splitserve.cluster.counts import BytesUsed
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import Cancel, EngineStats, HandOff, Prefill, PrefixUpdate, Reserve, Ticket
@@ -15,11 +16,13 @@ from splitserve.engine.batch import Batch
 from splitserve.engine.block_manager import BlockTable
 from splitserve.engine.ranks import RunBatch
 from splitserve.prefill_worker.engine import PrefillEngine
-from splitserve.prefill_worker.outlet import Delivered
+from splitserve.prefill_worker.outlet import NO_TRAFFIC, Delivered
 
 
 class LocalInlet:
     """Grants the reservation's own pages to the prefill engine beside it."""
+
+    staging = BytesUsed(0, 0)
 
     def __init__(self, layout: KvLayout, lease_s: float) -> None:
         self._layout, self._lease_s = layout, lease_s
@@ -48,6 +51,8 @@ class LocalInlet:
 
 class LocalOutlet:
     """Prefill into pages that decode reserved. They stay decode's: nothing is freed here."""
+
+    traffic = NO_TRAFFIC
 
     def __init__(self, inlet: LocalInlet) -> None:
         self._inlet = inlet
@@ -121,8 +126,11 @@ class ColocatedEngine:
     def stats(self) -> EngineStats:
         prefill, decode = self._prefill.stats(), self._decode.stats()
         running, waiting = prefill.running + decode.running, prefill.waiting + decode.waiting
-        speed = replace(prefill.speed, step_s=decode.speed.step_s, slots=decode.speed.slots)
-        return replace(decode, role="colocated", running=running, waiting=waiting, speed=speed)
+        tokens = prefill.counts.output_tokens + decode.counts.output_tokens
+        # Both look prompts up in the same cache: prefill's count is the whole of it.
+        counts = replace(prefill.counts, output_tokens=tokens, decode_steps=decode.counts.decode_steps)
+        speed = replace(prefill.speed, step_s=decode.speed.step_s)
+        return replace(decode, role="colocated", running=running, waiting=waiting, counts=counts, speed=speed)
 
     def prefix_update(self, since: int) -> PrefixUpdate | None:
         return self._decode.prefix_update(since)  # they share their pages

@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from splitserve.cluster.counts import BytesUsed
 from splitserve.cluster.prefix import page_digest, page_digests, root_digest
 from splitserve.engine.host_pages import HostPages
 from splitserve.engine.prefix_log import PrefixLog
@@ -62,6 +63,10 @@ class BlockManager:
     def free_pages(self) -> int:
         """Pages that can be handed out now: blank ones and idle cached ones."""
         return len(self._blank) + len(self._idle)
+
+    def host_bytes(self, bytes_per_page: int) -> BytesUsed:
+        """What host memory holds on every rank, with pages of so many bytes."""
+        return BytesUsed(self.host.used * bytes_per_page, self.host.capacity * bytes_per_page)
 
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)

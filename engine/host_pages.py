@@ -19,6 +19,7 @@ class HostPages:
     """
 
     def __init__(self, capacity: int, move: Move) -> None:
+        self.capacity = capacity
         self.move = move
         self._free = list(range(capacity - 1, -1, -1))
         self._place_of: OrderedDict[bytes, int] = OrderedDict()
@@ -28,6 +29,11 @@ class HostPages:
     def cached(self) -> int:
         """Cached pages that lie here."""
         return len(self._place_of)
+
+    @property
+    def used(self) -> int:
+        """Places that hold a page."""
+        return self.capacity - len(self._free)
 
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._place_of

@@ -22,6 +22,7 @@ import torch
 
 from splitserve.cluster.channel import KV_IDLE_S, Socket
 from splitserve.cluster.codec import message
+from splitserve.cluster.counts import Transport
 from splitserve.cluster.errors import ProtocolError
 from splitserve.cluster.messages import RankEndpoint
 from splitserve.cluster.topology import PACKED_BYTES
@@ -120,6 +121,15 @@ class LinkedSender:
             payload = torch.empty(size, dtype=torch.uint8, device=self._device)
         self._packed.append(weakref.ref(payload))
         return payload
+
+    def way(self, target: RankEndpoint) -> Transport:
+        peer = self._peers.get(target.address)
+        linked = peer is not None and peer.link is not None and peer.link.state == "up"
+        return "nccl" if linked else self._control.way(target)
+
+    @property
+    def links_up(self) -> int:
+        return sum(link.state == "up" for link in self.links)
 
     def send(self, target: RankEndpoint, header: bytes, payload: torch.Tensor | None = None, offset: int = 0) -> None:
         if payload is None or not any(ref() is payload for ref in self._packed):

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 
 from splitserve.cluster.channel import Socket
+from splitserve.cluster.counts import Transport
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.messages import RankEndpoint
 from splitserve.kv_transfer.staging import HOST_FRAMES, FrameSizes
@@ -86,6 +87,7 @@ class MemoryNetwork:
 
 class MemorySender:
     sockets: ClassVar[list[Socket]] = []
+    links_up = 0
 
     def __init__(self, network: MemoryNetwork, address: str) -> None:
         self._network, self._address = network, address
@@ -100,6 +102,9 @@ class MemorySender:
         if not target.segment:
             return torch.empty(size, dtype=torch.uint8)
         return self._network.staging[target.segment][offset : offset + size]
+
+    def way(self, target: RankEndpoint) -> Transport:
+        return "memory"
 
     def send(self, target: RankEndpoint, header: bytes, payload: torch.Tensor | None = None, offset: int = 0) -> None:
         carried = None if payload is None or target.segment else payload.numpy().tobytes()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from splitserve.cluster.counts import Transport
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import HandOff, RankEndpoint, Ticket
@@ -112,6 +113,7 @@ class Outgoing:
     ticket: Ticket
     table: torch.Tensor
     lanes: list[Lane]
+    transport: Transport
     ready: list[int]
     marks: list[Mark]
     owes_hand_off: bool

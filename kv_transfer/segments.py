@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from splitserve.cluster.channel import KV_IDLE_S, Socket
+from splitserve.cluster.counts import Transport
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.messages import RankEndpoint
 from splitserve.kv_transfer.staging import FrameSizes
@@ -117,6 +118,13 @@ class HostSender:
             found = f"{target.segment} has {segment.bytes.numel()} bytes"
             raise TransferFailed(f"segment: {found}; a frame ends at {offset + size}")
         return segment.bytes[offset : offset + size]
+
+    def way(self, target: RankEndpoint) -> Transport:
+        return target.transport if self._reaches(target) else self._control.way(target)
+
+    @property
+    def links_up(self) -> int:
+        return self._control.links_up
 
     def send(self, target: RankEndpoint, header: bytes, payload: torch.Tensor | None = None, offset: int = 0) -> None:
         self._control.send(target, header, None if self._reaches(target) else payload, offset)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from splitserve.cluster.channel import Socket
 from splitserve.cluster.errors import ProtocolError, TransferFailed
@@ -29,6 +30,7 @@ from splitserve.kv_transfer.protocol import (
     seal,
     unseal,
 )
+from splitserve.kv_transfer.traffic import Traffic
 from splitserve.kv_transfer.transport import SenderTransport
 
 TRIES_PER_LEASE = 8
@@ -48,6 +50,7 @@ class KvSender:
         self._outgoing: dict[str, Outgoing] = {}
         self._stopping: list[tuple[Outgoing, str]] = []
         self._events: list[SenderEvent] = []
+        self.traffic = Traffic()
         self.rejected = 0
 
     @property
@@ -66,6 +69,11 @@ class KvSender:
         """Transfers that have not ended."""
         return tuple(self._outgoing)
 
+    @property
+    def links_up(self) -> int:
+        """NCCL communicators that are up."""
+        return self._transport.links_up
+
     def begin(self, ticket: Ticket, pages: Sequence[int]) -> None:
         """Start the transfer of `ticket` from `pages`, which cover the sequence from its first token on.
 
@@ -78,6 +86,7 @@ class KvSender:
             ticket=ticket,
             table=self._mover.table(pages, ticket.num_tokens),
             lanes=build_lanes(ticket, self._mover.cache.layout, self._rank, self._transport.frame_sizes),
+            transport=self._transport.way(ticket.endpoints[0]),
             ready=[ticket.start_token] * self._mover.cache.layout.num_layers,
             marks=[None] * self._mover.cache.layout.num_layers,
             owes_hand_off=self._rank == 0,
@@ -87,6 +96,7 @@ class KvSender:
         for target in outgoing.targets(self._rank):
             self._transport.connect(target)
         self._outgoing[ticket.transfer_id] = outgoing
+        self.traffic.count(outgoing.transport, "started")
 
     def renew(self, ticket: Ticket) -> None:
         """Keep the reservation of a ticket that `begin` has not seen yet: its lease starts anew."""
@@ -116,9 +126,8 @@ class KvSender:
 
     def abort(self, transfer_id: str, reason: str) -> None:
         """Stop, and tell the receiver when nothing writes there any more. No event follows; the pages are free."""
-        if (outgoing := self._outgoing.pop(transfer_id, None)) is not None:
-            self._stopping.append((outgoing, reason))
-            self._end_stopped()
+        if (outgoing := self._outgoing.get(transfer_id)) is not None:
+            self._stop(outgoing, reason, "cancelled")
 
     def pump(self) -> list[SenderEvent]:
         """Take acknowledgements, send what is ready, send again what is overdue. Returns what ended since last time."""
@@ -146,6 +155,7 @@ class KvSender:
         if outgoing.is_complete:
             self._outgoing.pop(outgoing.ticket.transfer_id)
             self._say_drained(outgoing, "")
+            self.traffic.count(outgoing.transport, "completed")
             self._events.append(Sent(outgoing.ticket.transfer_id))
         elif now >= outgoing.expires:
             raise TransferFailed(f"no progress for a lease of {outgoing.ticket.lease_s:g} s")
@@ -187,6 +197,7 @@ class KvSender:
         flight.payload = self._transport.place(lane.target, frame.offset, size)
         if flight.payload is None:
             return
+        self.traffic.count(self._transport.way(lane.target), "bytes", size)
         flight.due = self._clock() + outgoing.ticket.lease_s / TRIES_PER_LEASE
         flight.move = self._mover.pack(outgoing.table, region, flight.payload)
 
@@ -242,8 +253,14 @@ class KvSender:
                 if flight.move is None:
                     self._land(outgoing, flight)
 
+    def _stop(self, outgoing: Outgoing, reason: str, how: Literal["cancelled", "failed"]) -> None:
+        self._outgoing.pop(outgoing.ticket.transfer_id, None)
+        self.traffic.count(outgoing.transport, how)
+        self._stopping.append((outgoing, reason))
+        self._end_stopped()
+
     def _fail(self, outgoing: Outgoing, reason: str) -> None:
-        self.abort(outgoing.ticket.transfer_id, reason)
+        self._stop(outgoing, reason, "failed")
         self._events.append(SendFailed(outgoing.ticket.transfer_id, reason))
 
     def _end_stopped(self) -> None:

@@ -15,6 +15,7 @@ import torch
 import zmq
 
 from splitserve.cluster.channel import KV_IDLE_S, CurveKeys, Socket, bind, secure
+from splitserve.cluster.counts import Transport
 from splitserve.cluster.errors import StartupError, TransferFailed
 from splitserve.cluster.messages import RankEndpoint
 from splitserve.kv_transfer.staging import HOST_FRAMES, FrameSizes
@@ -75,6 +76,8 @@ class _Link:
 class TcpSender:
     """Keeps a connection to each target that was used within the last minute."""
 
+    links_up = 0
+
     def __init__(self, clock: Callable[[], float], keys: CurveKeys | None = None) -> None:
         self.clock, self._keys = clock, keys
         self._links: dict[str, _Link] = {}
@@ -87,6 +90,9 @@ class TcpSender:
 
     def place(self, target: RankEndpoint, offset: int, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8)
+
+    def way(self, target: RankEndpoint) -> Transport:
+        return "tcp"
 
     def send(self, target: RankEndpoint, header: bytes, payload: torch.Tensor | None = None, offset: int = 0) -> None:
         self.send_parts(target, [header] if payload is None else [header, payload.numpy()])

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from splitserve.cluster.channel import Socket
+from splitserve.cluster.counts import Transport
 from splitserve.cluster.messages import RankEndpoint
 from splitserve.kv_transfer.staging import FrameSizes
 
@@ -41,6 +42,13 @@ class SenderTransport(Protocol):
         None while there is no room to pack. Raises TransferFailed when the target's staging is gone or does not have
         that place.
         """
+
+    def way(self, target: RankEndpoint) -> Transport:
+        """What carries payloads to `target` now."""
+
+    @property
+    def links_up(self) -> int:
+        """NCCL communicators that are up."""
 
     def send(self, target: RankEndpoint, header: bytes, payload: torch.Tensor | None = None, offset: int = 0) -> None:
         """Send without waiting. `payload` is what `place` returned for `offset`, filled; it is not touched again."""

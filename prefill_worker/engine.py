@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from splitserve.cluster.channel import Socket
+from splitserve.cluster.counts import BytesUsed, EngineCounts
 from splitserve.cluster.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -110,6 +111,7 @@ class PrefillEngine:
         self._sending: dict[str, _Request] = {}
         self._under_way: deque[_Launched] = deque()
         self._throughput = Throughput(clock)
+        self._counts: Counter[str] = Counter()
 
     def handle(self, router: bytes, item: object) -> None:
         match item:
@@ -157,6 +159,7 @@ class PrefillEngine:
             self._outlet.keep([request.message.ticket for request in self._waiting])
 
     def stats(self) -> EngineStats:
+        traffic = self._outlet.traffic
         return EngineStats(
             engine=self._name,
             incarnation=self._incarnation,
@@ -167,6 +170,12 @@ class PrefillEngine:
             free_tokens=self._blocks.free_pages * self._blocks.page_size,
             total_tokens=self._blocks.num_pages * self._blocks.page_size,
             preemptions=0,
+            slots=0,
+            host_tier=self._blocks.host_bytes(self._layout.bytes_per_page),
+            staging=BytesUsed(0, 0),
+            counts=EngineCounts(**self._counts),
+            transfers=traffic.transfers,
+            links_up=traffic.links_up,
             speed=EngineSpeed(self._to_compute(), self._throughput.tokens_per_s),
         )
 
@@ -217,6 +226,9 @@ class PrefillEngine:
             request.started = self._clock()
             request.sequence.table = table
             request.sequence.computed_tokens = table.cached_tokens
+            if request.message.params.prompt_logprobs is None:
+                self._counts["queried_tokens"] += len(request.message.token_ids)
+                self._counts["cached_tokens"] += table.cached_tokens
             self._running.append(request)
 
     def _to_compute(self) -> int:
@@ -243,6 +255,7 @@ class PrefillEngine:
                 self._note_prompt_logprobs(request, size, logits[row : row + wanted])
             row += wanted
             sequence.computed_tokens += size
+            self._counts["prompt_tokens"] += size
             assert sequence.table is not None
             self._blocks.publish(sequence.table, sequence.token_ids, sequence.computed_tokens)
             if not sequence.pending_tokens:
@@ -270,6 +283,7 @@ class PrefillEngine:
             if len(taken) < len(tokens):
                 self._fail(request, ModelFailure("the model's logits are not finite"))
                 continue
+            self._counts["output_tokens"] += len(taken)
             self._running.remove(request)
             self._sending[request.transfer_id] = request
             self._send(request.router, self._first_token(request, tuple(taken)))

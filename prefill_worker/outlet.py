@@ -8,6 +8,7 @@ from typing import Protocol
 
 from splitserve.cluster.channel import Socket
 from splitserve.cluster.codec import message
+from splitserve.cluster.counts import TransferCounts
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.messages import HandOff, Prefill, Ticket
 from splitserve.engine.batch import Batch
@@ -16,6 +17,7 @@ from splitserve.engine.ranks import Agreement, Handlers, Ranks
 from splitserve.engine.runner import ModelRunner
 from splitserve.kv_transfer.protocol import SendFailed
 from splitserve.kv_transfer.sender import KvSender
+from splitserve.kv_transfer.traffic import total
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,10 @@ class KvOutlet(Protocol):
         """Give up a transfer that was opened. Its pages are free at once; nothing follows from `poll`."""
 
     def poll(self) -> list[Delivered]: ...
+
+    @property
+    def traffic(self) -> SendTraffic:
+        """What all ranks have sent so far."""
 
 
 @message
@@ -106,12 +112,25 @@ class SendOver:
     error: str | None
 
 
+@message
+@dataclass(frozen=True)
+class SendTraffic:
+    """A rank's report: all that it has sent so far. It comes when a transfer has ended, or a link came or went."""
+
+    transfers: tuple[TransferCounts, ...]
+    links_up: int
+
+
+NO_TRAFFIC = SendTraffic((), 0)
+
+
 class SendService:
     """A prefill rank's part of every transfer."""
 
     def __init__(self, runner: ModelRunner, sender: KvSender) -> None:
         self._runner, self._sender = runner, sender
         self._reports: list[object] = []
+        self._reported = (0, 0)
         self.handlers: Handlers = {
             RenewSends: self._renew,
             DeclineSend: lambda command: sender.decline(command.ticket, command.reason),
@@ -131,6 +150,10 @@ class SendService:
 
     def poll(self) -> list[object]:
         self._pump()
+        now = self._sender.traffic.ended, self._sender.links_up
+        if now != self._reported:
+            self._reported = now
+            self._reports.append(SendTraffic(self._sender.traffic.counts(), self._sender.links_up))
         reports, self._reports = self._reports, []
         return reports
 
@@ -167,6 +190,7 @@ class SendOutlet:
         self._ranks, self._blocks = ranks, blocks
         self._tables: dict[str, BlockTable] = {}
         self._agreement = Agreement(ranks.size)
+        self._traffic: dict[int, SendTraffic] = {}
 
     def open(self, request: Prefill) -> BlockTable | None:
         # Prompt log probabilities need the logits of every position, so nothing may come from the cache.
@@ -196,6 +220,8 @@ class SendOutlet:
     def poll(self) -> list[Delivered]:
         delivered = []
         for rank, report in self._ranks.poll():
+            if isinstance(report, SendTraffic):
+                self._traffic[rank] = report
             if not isinstance(report, SendOver) or report.transfer_id not in self._tables:
                 continue
             if report.error is not None:
@@ -205,6 +231,11 @@ class SendOutlet:
                 self._close(report.transfer_id)
                 delivered.append(Delivered(report.transfer_id, None))
         return delivered
+
+    @property
+    def traffic(self) -> SendTraffic:
+        ranks = self._traffic.values()
+        return SendTraffic(total(one for rank in ranks for one in rank.transfers), sum(rank.links_up for rank in ranks))
 
     def _close(self, transfer_id: str) -> None:
         self._agreement.forget(transfer_id)

@@ -44,6 +44,7 @@ class Engine:
             placed=self.placed,
             placed_tokens=self.placed_tokens,
             free_tokens=stats.free_tokens if stats else 0,
+            slots=stats.slots if stats else 0,
             speed=stats.speed if stats else EngineSpeed(),
         )
 

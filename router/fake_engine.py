@@ -10,6 +10,7 @@ import itertools
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,6 +18,7 @@ from typing import Literal
 import zmq
 
 from splitserve.cluster.channel import CurveKeys, WorkerChannel
+from splitserve.cluster.counts import BytesUsed, EngineCounts, TransferCounts
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import (
     Busy,
@@ -107,6 +109,8 @@ class FakeEngine:
         self.decoding: dict[tuple[str, int], _Job] = {}
         self._cluster = cluster
         self._behaviour = cluster.behaviour
+        self._counts: Counter[str] = Counter()
+        self._handed_over = 0
         self._next_step = 0.0
         self._closed = False
 
@@ -150,7 +154,9 @@ class FakeEngine:
             return self._next_step
         self._next_step = max(self._next_step + self._behaviour.step_s, now)
         by_router: dict[bytes, list[SampleToken]] = {}
+        self._counts["decode_steps"] += 1
         for key, job in list(self.decoding.items()):
+            self._counts["output_tokens"] += len(job.live)
             by_router.setdefault(job.router, []).extend(map(job.token, sorted(job.live)))
             job.position += 1
             if job.position == job.end:
@@ -167,7 +173,22 @@ class FakeEngine:
     def _stats(self) -> EngineStats:
         member, running = self.member, len(self.jobs)
         return EngineStats(
-            member.engine, member.incarnation, member.role, LAYOUT, running, 0, 10_000, 10_000, 0, self._behaviour.speed
+            engine=member.engine,
+            incarnation=member.incarnation,
+            role=member.role,
+            layout=LAYOUT,
+            running=running,
+            waiting=0,
+            free_tokens=10_000,
+            total_tokens=10_000,
+            preemptions=0,
+            slots=self._behaviour.slots,
+            host_tier=BytesUsed(0, 0),
+            staging=BytesUsed(0, 0),
+            counts=EngineCounts(**self._counts),
+            transfers=(TransferCounts("memory", started=self._handed_over, completed=self._handed_over),),
+            links_up=0,
+            speed=self._behaviour.speed,
         )
 
     def _reserve(self, router: bytes, message: Reserve) -> None:
@@ -199,6 +220,9 @@ class FakeEngine:
         if job.message.params.prompt_logprobs is not None:
             prompt_logprobs = (NO_LOGPROBS,) * (len(job.message.token_ids) - 1)
         tokens = tuple(map(job.token, sorted(job.live)))
+        self._counts["queried_tokens"] += len(job.message.token_ids)
+        self._counts["prompt_tokens"] += len(job.message.token_ids)
+        self._counts["output_tokens"] += len(tokens)
         first = FirstToken(*key, tokens, prompt_logprobs, 0, 0.0, self._behaviour.prefill_s)
         self._cluster.on_step(tokens)
         self._cluster.after(self._behaviour.first_token_delay_s, lambda: self._send(job.router, first))
@@ -207,6 +231,7 @@ class FakeEngine:
     def _hand_over(self, key: tuple[str, int], decode: str) -> None:
         if self.member.role == "prefill" and self.jobs.pop(key, None) is None:
             return
+        self._handed_over += 1
         self._cluster.join(decode, key)
 
     def _cancel(self, message: Cancel) -> None:

@@ -22,7 +22,7 @@ class EngineView:
     """One engine that can take requests. `load` counts the requests it runs or has waiting.
 
     `placed` of these were placed since it last spoke, with `placed_tokens` prompt tokens to compute. `free_tokens` is
-    the KV room that it has left, as it last said.
+    the KV room that it has left, as it last said, and `slots` how many it decodes at once.
     """
 
     engine: str
@@ -31,6 +31,7 @@ class EngineView:
     placed: int = 0
     placed_tokens: int = 0
     free_tokens: int = 0
+    slots: int = 0
     speed: EngineSpeed = field(default_factory=EngineSpeed)
 
 
@@ -120,7 +121,7 @@ def predicted_answer_times(decodes: Sequence[EngineView], wanted: Wanted) -> dic
     for one in decodes:
         own_s = one.speed.step_s / (one.load - one.placed + IDLE_ROWS) if one.speed.step_s else row_s
         step_s = own_s * (one.load + 1 + IDLE_ROWS)
-        waits = max(one.load + 1 - one.speed.slots, 0) / one.speed.slots if one.speed.slots else 0.0
+        waits = max(one.load + 1 - one.slots, 0) / one.slots if one.slots else 0.0
         waits += wanted.uncached(one.engine) > one.free_tokens - one.placed_tokens
         waits += step_s > wanted.tpot_s
         times[one.engine] = ANSWER_TOKENS * step_s * (1 + waits)

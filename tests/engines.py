@@ -170,7 +170,7 @@ class InProcessCluster:
         prefill_runner, decode_runner = self._runner(), self._runner()
         self.devices = [SlowDevice(clock, settings.copies_take_s, settings.seed + number) for number in range(2)]
         packing, unpacking = map(SlowMover, (prefill_runner.cache, decode_runner.cache), self.devices)
-        sender = KvSender(packing, 0, MemorySender(network, "prefill"), clock)
+        self.sender = sender = KvSender(packing, 0, MemorySender(network, "prefill"), clock)
         receiver = KvReceiver(unpacking, 0, STAGING_BYTES, MemoryReceiver(network, "decode", STAGING_BYTES), clock)
         prefill_ranks = Ranks(Rank(prefill_runner, SendService(prefill_runner, sender)))
         decode_ranks = Ranks(Rank(decode_runner, *self._decode_services(decode_runner), ReceiveService(receiver)))

@@ -87,6 +87,7 @@ def stack() -> Iterator[ExitStack]:
 def test_payloads_cross_a_link_in_order_and_are_announced_when_they_are_there(stack: ExitStack) -> None:
     ends = Ends(stack)
     ends.link()
+    assert (ends.sender.way(ends.target), ends.sender.links_up) == ("nccl", 1)
     for value in range(1, 9):
         ends.send(value, offset=256 * (value - 1))
     ends.until(lambda: len(ends.arrivals) == 8)
@@ -134,7 +135,9 @@ def test_an_end_that_waits_for_good_keeps_no_other_from_its_place(stack: ExitSta
 
 def test_until_a_link_is_up_payloads_go_over_tcp(stack: ExitStack) -> None:
     ends = Ends(stack)
+    assert ends.sender.way(ends.target) == "tcp"
     ends.sender.connect(ends.target)
+    assert (ends.sender.way(ends.target), ends.sender.links_up) == ("tcp", 0)
     assert ends.sender.frame_sizes(ends.target) == FRAMES
     ends.send(5)
     ends.until(lambda: len(ends.arrivals) == 1)

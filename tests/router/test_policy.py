@@ -66,11 +66,11 @@ def test_a_colocated_engine_is_both(policy: Policy) -> None:
 
 
 def fast(engine: str, pending: int = 0, *, placed_tokens: int = 0, rate: float = 10_000.0) -> EngineView:
-    return EngineView(engine, "prefill", 0, 0, placed_tokens, 0, EngineSpeed(pending, rate))
+    return EngineView(engine, "prefill", 0, 0, placed_tokens, speed=EngineSpeed(pending, rate))
 
 
 def decoding(engine: str, running: int, step_s: float, *, free: int = 100_000, slots: int = 64) -> EngineView:
-    return EngineView(engine, "decode", running, 0, 0, free, EngineSpeed(step_s=step_s, slots=slots))
+    return EngineView(engine, "decode", running, 0, 0, free, slots, EngineSpeed(step_s=step_s))
 
 
 def prefill_of(prefills: list[EngineView], wanted: Wanted) -> str:
@@ -126,8 +126,8 @@ def test_equal_engines_take_turns_and_linked_ones_come_first() -> None:
 
 def test_colocated_engines_are_chosen_for_both_of_their_parts() -> None:
     both = [
-        EngineView("a", "colocated", 4, free_tokens=9000, speed=EngineSpeed(0, 10_000.0, 0.01, 64)),
-        EngineView("b", "colocated", 4, free_tokens=9000, speed=EngineSpeed(4000, 10_000.0, 0.01, 64)),
+        EngineView("a", "colocated", 4, free_tokens=9000, slots=64, speed=EngineSpeed(0, 10_000.0, 0.01)),
+        EngineView("b", "colocated", 4, free_tokens=9000, slots=64, speed=EngineSpeed(4000, 10_000.0, 0.01)),
     ]
     assert place(both, both, "kv_aware", 0, Wanted(tokens=2000)) == ("a", "a")
     assert place(both, both, "kv_aware", 0, Wanted(tokens=6000, cached={"b": 5900})) == ("b", "b")
