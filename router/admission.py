@@ -23,7 +23,7 @@ class Admission:
     """
 
     def __init__(self, max_queue: int, max_active: int) -> None:
-        self._max_queue = max_queue
+        self.max_queue, self.max_active = max_queue, max_active
         self._slots = FairSemaphore(max_active)
         self._service_s = 1.0  # smoothed time that a request takes
         self.queued = 0
@@ -53,7 +53,7 @@ class Admission:
     @contextmanager
     def wait(self) -> Iterator[None]:
         """Count as one more that waits. Raises Overloaded when the queue is full."""
-        if self.queued >= self._max_queue:
+        if self.queued >= self.max_queue:
             raise Overloaded(f"the queue is full: {self.queued} requests wait", self.retry_after_s())
         self.queued += 1
         self._idle.clear()

@@ -40,10 +40,12 @@ from splitserve.router.attempt import Attempt, by_attempt
 from splitserve.router.detokenizer import Detokenizer
 from splitserve.router.engines import Engines
 from splitserve.router.fair import Claimant, FairSemaphore
+from splitserve.router.metrics import AttemptReason, RouterMetrics, outcome
 from splitserve.router.output_buffer import Answered, SampleOutput
 from splitserve.router.policy import ANSWER_TOKENS, EngineView, Placement, Wanted, lateness, place
 from splitserve.router.request import MOST_LOSSES, Chunk, Request, Summary
 from splitserve.router.tenants import Tenant
+from splitserve.router.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ class Dispatcher:
     ) -> None:
         self.admission = Admission(settings.max_queue, settings.max_active)
         self.engines = Engines(identity, keys, worker_timeout_s, self._on_message, self._on_lost)
+        self.metrics = RouterMetrics(self.admission, self.engines)
         self._identity = identity
         self._policy, self._slo = settings.policy, settings.slo
         self._new_detokenizer = new_detokenizer
@@ -99,12 +102,21 @@ class Dispatcher:
         """
         claimant = Claimant(tenant.name, priority, len(token_ids) + params.n * (params.max_tokens or ANSWER_TOKENS))
         request = self._new_request(token_ids, params, deadline_s, answered, claimant)
+        with outcome(self.metrics.requests.labels):
+            try:
+                summary = await self._take_to_its_end(request, deadline_s, write, tenant)
+            finally:
+                self._forget(request)
+            self._account(summary)
+        return summary
+
+    async def _take_to_its_end(self, request: Request, deadline_s: float, write: Write, tenant: Tenant) -> Summary:
         try:
-            async with asyncio.timeout(deadline_s), self.admission.admit(claimant):
+            async with asyncio.timeout(deadline_s), self.admission.admit(request.claimant):
                 first, *others = by_attempt(request.samples) or [[]]
                 if first:
-                    await self._begin(request, first)
-                self._begin_later(request, others)
+                    await self._begin(request, first, "new")
+                self._begin_later(request, others, "new")
                 while not request.finished:
                     chunk = await request.chunk()
                     tenant.take_tokens(sum(len(delta.token_ids) for delta in chunk.deltas))
@@ -113,8 +125,17 @@ class Dispatcher:
         except TimeoutError as error:
             missing = "" if self.ready else "; not all pools have a worker that is ready"
             raise DeadlineExceeded(f"{deadline_s:g} s passed while {request.stage}{missing}") from error
-        finally:
-            self._forget(request)
+
+    def _account(self, summary: Summary) -> None:
+        """Measure a request that was answered."""
+        metrics, timings = self.metrics, summary.timings
+        if summary.completion_tokens > 1:
+            metrics.tpot.observe(timings.tpot_s)
+        metrics.decode.observe(timings.decode_s)
+        metrics.total.observe(timings.total_s)
+        metrics.prompt.observe(summary.prompt_tokens)
+        metrics.output.observe(summary.completion_tokens)
+        metrics.cached.inc(summary.cached_tokens)
 
     def _new_request(
         self,
@@ -129,29 +150,34 @@ class Dispatcher:
                 self._cancel(attempt, sample)
 
         request_id = f"{self._identity}-{next(self._ids)}"
-        request = Request(request_id, token_ids, params, deadline_s, self._new_detokenizer, stop, answered, claimant)
+        timeline, new_detokenizer = Timeline(self.metrics), self._new_detokenizer
+        request = Request(
+            request_id, token_ids, params, deadline_s, timeline, new_detokenizer, stop, answered, claimant
+        )
         self._requests[request_id] = request
         return request
 
-    async def _begin(self, request: Request, samples: Sequence[SampleOutput]) -> None:
+    async def _begin(self, request: Request, samples: Sequence[SampleOutput], why: AttemptReason) -> None:
         """Get room on some decode engine, then ask a prefill engine for the KV. Whom all refuse waits in line."""
         if not self._line.locked:
-            attempt = await self._ask(request, samples)
+            attempt = await self._ask(request, samples, why)
             if isinstance(attempt, Attempt):
                 self._prefill(request, attempt)
                 return
+            why = "busy"
         claim = self._line.claim(request.claimant)
         with nullcontext() if request.losses else self.admission.wait():
             while True:
                 async with self._line.hold(claim):
                     while not self._line.outranked(claim):
-                        attempt = await self._ask(request, samples)
+                        attempt = await self._ask(request, samples, why)
                         if isinstance(attempt, Attempt):
                             self._prefill(request, attempt)
                             return
+                        why = "busy"
                         await asyncio.sleep(attempt)
 
-    async def _ask(self, request: Request, samples: Sequence[SampleOutput]) -> Attempt | float:
+    async def _ask(self, request: Request, samples: Sequence[SampleOutput], why: AttemptReason) -> Attempt | float:
         """Ask decode engines, the best placed first, until one has room; else after how many seconds to ask again."""
         refusals: dict[str, float] = {}
         while True:
@@ -165,6 +191,7 @@ class Dispatcher:
             placement = place(prefills, untried, self._policy, counter, wanted, linked)
             self._refuse_late(request, next(one for one in prefills if one.engine == placement.prefill), wanted)
             attempt = request.attempt(samples, placement, wanted.uncached(placement.prefill))
+            self.metrics.attempts.labels("busy" if refusals else why).inc()
             source, decode = self.engines.layout(placement.prefill), placement.decode
             lacking = 0 if decode == placement.prefill else wanted.uncached(decode)
             self.engines.place(decode, attempt.reserve(source, request.remaining_s), lacking)
@@ -203,8 +230,8 @@ class Dispatcher:
         for engine in set(attempt.placement):
             self.engines.send(engine, attempt.cancel(sample))
 
-    def _go_on(self, request: Request, lost: Attempt, reason: str) -> None:
-        """Have other engines do what is left of `lost`."""
+    def _go_on(self, request: Request, lost: Attempt, why: AttemptReason, reason: str) -> None:
+        """Have other engines do what is left of `lost`. `reason` tells people more than `why`."""
         self._cancel(lost)
         for sample in lost.samples:
             sample.losses += 1
@@ -212,12 +239,12 @@ class Dispatcher:
         if request.losses > MOST_LOSSES:
             request.fail(GivenUp(f"given up after {MOST_LOSSES} losses, the last one: {reason}"))
             return
-        self._begin_later(request, by_attempt(lost.samples))
+        self._begin_later(request, by_attempt(lost.samples), why)
 
-    def _begin_later(self, request: Request, groups: Sequence[Sequence[SampleOutput]]) -> None:
+    def _begin_later(self, request: Request, groups: Sequence[Sequence[SampleOutput]], why: AttemptReason) -> None:
         async def begin(samples: Sequence[SampleOutput]) -> None:
             try:
-                await self._begin(request, samples)
+                await self._begin(request, samples, why)
             except SplitserveError as error:
                 request.fail(error)
 
@@ -237,19 +264,19 @@ class Dispatcher:
 
     def _on_message(self, engine: str, message: Any) -> None:
         if type(message) is StepTokens:
-            requests = self._requests
+            requests, now = self._requests, time.monotonic()
             for token in message.tokens:
                 request = requests.get(token.request_id)
                 if request is None or not request.has(token.attempt):
                     self._refuse(engine, token)
                 else:
-                    request.accept_token(token)
+                    request.accept_token(token, now)
         elif isinstance(message, Granted | Busy | FirstToken | Joined | Failed):
             request = self._requests.get(message.request_id)
             if request is None or not request.has(message.attempt):
                 self._refuse(engine, message)
             elif lost := request.accept(message):
-                self._go_on(request, lost, getattr(message, "message", ""))
+                self._go_on(request, lost, "failed", getattr(message, "message", ""))
         else:
             log.warning("unexpected message", extra={"engine": engine, "message_type": type(message).__name__})
 
@@ -261,4 +288,4 @@ class Dispatcher:
     def _on_lost(self, engine: str, reason: str) -> None:
         for request in list(self._requests.values()):
             for lost in request.lose(engine):
-                self._go_on(request, lost, f"worker {engine} {reason}")
+                self._go_on(request, lost, "engine_lost", f"worker {engine} {reason}")

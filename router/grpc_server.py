@@ -14,6 +14,7 @@ from splitserve.cluster.messages import TokenLogprobs
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.router.chat_template import Conversation
 from splitserve.router.dispatcher import Dispatcher
+from splitserve.router.metrics import outcome
 from splitserve.router.output_buffer import Answered, Delta
 from splitserve.router.request import Chunk, Summary
 from splitserve.router.tenants import Tenant, Tenants
@@ -127,12 +128,15 @@ class SplitServe:
     def _method(
         self, request_type: type[M], behaviour: Callable[[M, Context], Awaitable[R]]
     ) -> Callable[[bytes, Context], Awaitable[R]]:
-        """A handler that knows its caller, parses its request and turns our errors into gRPC statuses."""
+        """A handler that knows its caller, parses its request, turns our errors into gRPC statuses and counts calls."""
+
+        name, calls = request_type.DESCRIPTOR.name.removesuffix("Request"), self._dispatcher.metrics.calls
 
         async def handle(data: bytes, context: Context) -> R:
             try:
-                self._tenant(context)
-                return await behaviour(_parse(request_type, data), context)
+                with outcome(lambda code: calls.labels("grpc", name, code)):
+                    self._tenant(context)
+                    return await behaviour(_parse(request_type, data), context)
             except SplitserveError as error:
                 retry = _retry_after(error) if isinstance(error, Overloaded) else ()
                 await context.abort(_status_code(error), str(error), retry)

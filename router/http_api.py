@@ -10,6 +10,7 @@ from functools import partial
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -21,6 +22,7 @@ from splitserve.router import openai_requests
 from splitserve.router.dispatcher import Dispatcher
 from splitserve.router.http_body import read_json
 from splitserve.router.http_errors import json_response, on_fault, on_http_exception, on_splitserve_error
+from splitserve.router.http_metrics import CallCounter, MetricsEndpoint
 from splitserve.router.http_stream import EventStream, Write, until_client_leaves
 from splitserve.router.openai_requests import Call
 from splitserve.router.openai_responses import Answer, ChatAnswer, CompletionAnswer, Json
@@ -65,7 +67,9 @@ class HttpApi:
                 Route("/tokenize", self._for_tenants(self._tokenize), methods=["POST"]),
                 Route("/detokenize", self._for_tenants(self._detokenize), methods=["POST"]),
                 Route("/health", self._health),
+                Route("/metrics", MetricsEndpoint(self._dispatcher.metrics).answer),
             ],
+            middleware=[Middleware(CallCounter, calls=self._dispatcher.metrics.calls)],
             exception_handlers={
                 SplitserveError: on_splitserve_error,
                 HTTPException: on_http_exception,

@@ -59,6 +59,7 @@ class Request:
         token_ids: list[int],
         params: SamplingParams,
         deadline_s: float,
+        timeline: Timeline,
         new_detokenizer: Callable[[], Detokenizer],
         on_stop_string: Callable[[int], None],
         answered: Sequence[Answered] = (),
@@ -66,7 +67,7 @@ class Request:
     ) -> None:
         self.id, self.claimant = request_id, claimant
         self.placement = Placement()  # of its latest attempt
-        self.timeline = Timeline()
+        self.timeline = timeline
         self.broken: set[Placement] = set()  # pairs of engines between which its KV was lost
         self.tasks: set[asyncio.Task[None]] = set()
         self._token_ids, self._params = token_ids, params
@@ -135,10 +136,10 @@ class Request:
         """Whether an attempt goes on."""
         return attempt in self._attempts
 
-    def accept_token(self, token: SampleToken) -> None:
-        """Take a token from decode, of an attempt that goes on."""
+    def accept_token(self, token: SampleToken, now: float) -> None:
+        """Take a token from decode, of an attempt that goes on, at `now` of the monotonic clock."""
         self._attempts[token.attempt].joined = True
-        self.timeline.token()
+        self.timeline.token(now)
         self._output.accept(token)
 
     def accept(self, message: Granted | Busy | FirstToken | Joined | Failed) -> Attempt | None:

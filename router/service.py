@@ -58,6 +58,7 @@ class RouterService:
         identity = f"router-{index}-{secrets.token_hex(4)}"
         validator = Validator(topology.model.served_name, tokenizer, topology.model.context)
         self.dispatcher = Dispatcher(identity, topology.router, topology.worker_timeout_s, keys, tokenizer.detokenizer)
+        self.dispatcher.metrics.describe(version=__version__, cluster=topology.name, model=topology.model.served_name)
         deadline_s, tenants = topology.router.default_deadline_s, Tenants(topology.security.api_keys)
         self._service = SplitServe(validator, self.dispatcher, tenants, deadline_s, self._status)
         tls = topology.security.tls

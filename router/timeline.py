@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from splitserve.router.metrics import RouterMetrics
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -20,9 +22,10 @@ class Timings:
 
 
 class Timeline:
-    """When a request reached each stage of its life."""
+    """When a request reached each stage of its life. `metrics` hears of each stage as it ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: RouterMetrics) -> None:
+        self._metrics = metrics
         self._arrived = time.monotonic()
         self._placed: float | None = None
         self._first_token: float | None = None
@@ -38,20 +41,29 @@ class Timeline:
 
     def placed(self) -> None:
         """Decode has granted room and prefill has been asked."""
+        if self._placed is None:
+            self._metrics.queue.observe(time.monotonic() - self._arrived)
         self._placed = time.monotonic()
 
     def first_token(self, queue_s: float, prefill_s: float) -> None:
         """Prefill has answered, after waiting `queue_s` there and computing for `prefill_s`."""
         self._first_token = self._last_token = time.monotonic()
         self._prefill_queue_s, self._prefill_s = queue_s, prefill_s
+        self._metrics.ttft.observe(self._first_token - self._arrived)
+        self._metrics.prefill_queue.observe(queue_s)
+        self._metrics.prefill.observe(prefill_s)
 
     def joined(self) -> None:
         """Decode has taken over."""
-        self._joined = self._joined or time.monotonic()
+        if self._joined is None:
+            self._joined = time.monotonic()
+            self._metrics.kv_transfer.observe(self._joined - (self._first_token or self._joined))
 
-    def token(self) -> None:
-        """A decode step has answered."""
-        self._last_token = time.monotonic()
+    def token(self, now: float) -> None:
+        """A decode step has answered, at `now` of the monotonic clock."""
+        if self._last_token is not None and now > self._last_token:  # samples of one step come together
+            self._metrics.inter_token.observe(now - self._last_token)
+        self._last_token = now
 
     def timings(self, num_tokens: int) -> Timings:
         """The account so far; `num_tokens` is the length of the longest sample."""

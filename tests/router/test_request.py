@@ -10,11 +10,14 @@ import pytest
 
 from splitserve.cluster.messages import Busy, Failed, FirstToken, Granted, Joined, SampleToken, Ticket
 from splitserve.cluster.sampling import SamplingParams
+from splitserve.router.admission import Admission
 from splitserve.router.attempt import Attempt, by_attempt
 from splitserve.router.detokenizer import Detokenizer, TokenTable
 from splitserve.router.fake_engine import LAYOUT
+from splitserve.router.metrics import RouterMetrics
 from splitserve.router.policy import Placement
 from splitserve.router.request import Request
+from splitserve.router.timeline import Timeline
 from tests.router.tiny_tokenizers import byte_level
 
 PREFILL, DECODE = PLACEMENT = Placement("prefill/0/0", "decode/0/0")
@@ -35,7 +38,8 @@ def in_a_loop(test: Callable[[], None]) -> Callable[[], None]:
 def granted(n: int = 1) -> tuple[Request, Attempt]:
     table = TokenTable(byte_level())
     params = SamplingParams(n=n, max_tokens=9, prompt_logprobs=0)
-    request = Request("r", [5, 6], params, 10.0, lambda: Detokenizer(table), lambda sample: None)
+    timeline = Timeline(RouterMetrics(Admission(1, 1), []))
+    request = Request("r", [5, 6], params, 10.0, timeline, lambda: Detokenizer(table), lambda sample: None)
     attempt = request.attempt(request.samples, PLACEMENT, 1)
     request.accept(Granted("r", 1, TICKET))
     return request, attempt
@@ -72,7 +76,7 @@ def test_so_does_one_whose_prefill_engine_is_lost_before_decode_has_answered() -
 @in_a_loop
 def test_without_a_token_all_samples_begin_again_together() -> None:
     request, attempt = granted(n=3)
-    request.accept_token(token(1, 3))  # it came before its turn: prefill's first tokens are not there yet
+    request.accept_token(token(1, 3), 0.0)  # it came before its turn: prefill's first tokens are not there yet
     assert request.lose(DECODE) == [attempt]
     (samples,) = by_attempt(attempt.samples)
     again = request.attempt(samples, PLACEMENT, 1).reserve(LAYOUT, 1.0)
@@ -87,8 +91,8 @@ def test_without_a_token_all_samples_begin_again_together() -> None:
 def test_with_tokens_each_sample_that_has_not_ended_goes_on_by_itself() -> None:
     request, attempt = granted(n=3)
     request.accept(first(3))
-    request.accept_token(token(0, 3))
-    request.accept_token(SampleToken("r", 1, 1, 3, 9, "stop"))
+    request.accept_token(token(0, 3), 0.0)
+    request.accept_token(SampleToken("r", 1, 1, 3, 9, "stop"), 0.0)
     assert request.lose(DECODE) == [attempt]
     reserves = [request.attempt(samples, PLACEMENT, 1).reserve(LAYOUT, 1.0) for samples in by_attempt(attempt.samples)]
     found = [(item.attempt, item.first_sample, item.token_ids, item.output_tokens, item.params.n) for item in reserves]

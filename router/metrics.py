@@ -1,0 +1,124 @@
+"""What a router counts and measures, for Prometheus. Names and units are those of docs/observability.md.
+
+No label takes a value from a request: their number is bounded by the code and the topology.
+"""
+
+from __future__ import annotations
+
+from asyncio import CancelledError
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Literal
+
+import grpc
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+from splitserve.cluster.errors import SplitserveError
+from splitserve.router.admission import Admission
+from splitserve.router.engine_metrics import EngineCollector
+from splitserve.router.engines import Engine
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the number of series, and nobody graphs them
+
+STATUS_NAMES = frozenset(grpc.StatusCode.__members__)
+AttemptReason = Literal["new", "busy", "engine_lost", "failed"]
+
+TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
+PHASE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
+
+
+class RouterMetrics:
+    """All metrics of one router, engines included. `admission` and `engines` are looked at when somebody collects."""
+
+    def __init__(self, admission: Admission, engines: Iterable[Engine]) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.registry.register(EngineCollector(engines))
+        self.inter_token = TokenHistogram("splitserve_inter_token_latency_seconds", "Between two tokens of a request.")
+        self.registry.register(self.inter_token)
+        self.ttft = self._histogram("time_to_first_token_seconds", "From a request's arrival to its first token.")
+        self.tpot = self._histogram(
+            "time_per_output_token_seconds", "Mean time of a request's tokens after the first.", TOKEN_SECONDS
+        )
+        self.queue = self._histogram("queue_seconds", "From arrival until decode has granted room.")
+        self.prefill_queue = self._histogram("prefill_queue_seconds", "From there until prefill begins.")
+        self.prefill = self._histogram("prefill_seconds", "Prefill's computing, as its engine measures it.")
+        self.kv_transfer = self._histogram("kv_transfer_seconds", "From the first token until decode takes over.")
+        self.decode = self._histogram("decode_seconds", "From there to the last token.")
+        self.total = self._histogram("request_seconds", "From arrival to the end of a request that was answered.")
+        self.prompt = self._histogram("request_prompt_tokens", "Prompt tokens of requests that were answered.", TOKENS)
+        self.output = self._histogram("request_output_tokens", "Tokens of their answers, all samples.", TOKENS)
+        self.cached = self._counter("cached_prompt_tokens", "Prompt tokens that prefill did not compute again.")
+        self.requests = self._counter("requests", "Requests that are over, by gRPC status.", "code")
+        self.calls = self._counter("calls", "Calls over gRPC, or HTTP, by status.", "surface", "method", "code")
+        self.attempts = self._counter(
+            "attempts", "Times that engines were asked to take a request, and why they were.", "reason"
+        )
+        self._info = Info("splitserve_build", "What runs here.", registry=self.registry)
+        self._gauge("requests_active", "Requests admitted.").set_function(lambda: admission.active)
+        self._gauge("requests_queued", "Requests that wait for admission or an engine.").set_function(
+            lambda: admission.queued
+        )
+        self._gauge("requests_active_limit", "router.max_active.").set(admission.max_active)
+        self._gauge("requests_queued_limit", "router.max_queue.").set(admission.max_queue)
+
+    def describe(self, *, version: str, cluster: str, model: str) -> None:
+        """Name what runs here."""
+        self._info.info({"version": version, "cluster": cluster, "model": model})
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = PHASE_SECONDS) -> Histogram:
+        return Histogram(f"splitserve_{name}", text, buckets=buckets, registry=self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"splitserve_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"splitserve_{name}", text, registry=self.registry)
+
+
+@contextmanager
+def outcome(by_code: Callable[[str], Counter]) -> Iterator[None]:
+    """Count what is done inside by how it ends, with the counter of a gRPC status."""
+    code = "INTERNAL"
+    try:
+        yield
+        code = "OK"
+    except SplitserveError as error:
+        code = error.code if error.code in STATUS_NAMES else "INTERNAL"
+        raise
+    except CancelledError:
+        code = "CANCELLED"
+        raise
+    finally:
+        by_code(code).inc()
+
+
+class TokenHistogram(Collector):
+    """A histogram for what happens at every token: a fifth of the time that the library's takes. For one thread."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self._name, self._text = name, text
+        self._counts = [0] * (len(TOKEN_SECONDS) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self._counts[bisect_left(TOKEN_SECONDS, seconds)] += 1
+        self._sum += seconds
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        bounds = [*map(str, TOKEN_SECONDS), "+Inf"]
+        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
+        yield HistogramMetricFamily(self._name, self._text, buckets, self._sum)
