@@ -67,7 +67,7 @@ class Dispatcher:
     ) -> None:
         self.admission = Admission(settings.max_queue, settings.max_active)
         self.engines = Engines(identity, keys, worker_timeout_s, self._on_message, self._on_lost)
-        self.metrics = RouterMetrics(self.admission, self.engines)
+        self.metrics = RouterMetrics(self.admission, self.engines, lambda: self.ready)
         self._identity = identity
         self._policy, self._slo = settings.policy, settings.slo
         self._new_detokenizer = new_detokenizer

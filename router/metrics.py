@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, get_args
 
 import grpc
 from prometheus_client import (
@@ -33,6 +33,7 @@ from splitserve.router.engines import Engine
 disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the number of series, and nobody graphs them
 
 STATUS_NAMES = frozenset(grpc.StatusCode.__members__)
+OUTCOMES = ("OK", "CANCELLED", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "UNAVAILABLE", "ABORTED", "INTERNAL")
 AttemptReason = Literal["new", "busy", "engine_lost", "failed"]
 
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
@@ -41,9 +42,9 @@ TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 
 
 class RouterMetrics:
-    """All metrics of one router, engines included. `admission` and `engines` are looked at when somebody collects."""
+    """All metrics of one router, engines included. What it is made with is looked at when somebody collects."""
 
-    def __init__(self, admission: Admission, engines: Iterable[Engine]) -> None:
+    def __init__(self, admission: Admission, engines: Iterable[Engine], ready: Callable[[], bool]) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.registry.register(EngineCollector(engines))
@@ -67,13 +68,16 @@ class RouterMetrics:
         self.attempts = self._counter(
             "attempts", "Times that engines were asked to take a request, and why they were.", "reason"
         )
+        for reason in get_args(AttemptReason):  # a series that begins above 0 has no rate at first
+            self.attempts.labels(reason)
+        for code in OUTCOMES:
+            self.requests.labels(code)
         self._info = Info("splitserve_build", "What runs here.", registry=self.registry)
-        self._gauge("requests_active", "Requests admitted.").set_function(lambda: admission.active)
-        self._gauge("requests_queued", "Requests that wait for admission or an engine.").set_function(
-            lambda: admission.queued
-        )
-        self._gauge("requests_active_limit", "router.max_active.").set(admission.max_active)
-        self._gauge("requests_queued_limit", "router.max_queue.").set(admission.max_queue)
+        self._gauge("ready", "1 while a request could be placed: each pool has an engine that is ready.", ready)
+        self._gauge("requests_active", "Requests admitted.", lambda: admission.active)
+        self._gauge("requests_queued", "Requests that wait for admission or an engine.", lambda: admission.queued)
+        self._gauge("requests_active_limit", "router.max_active.", lambda: admission.max_active)
+        self._gauge("requests_queued_limit", "router.max_queue.", lambda: admission.max_queue)
 
     def describe(self, *, version: str, cluster: str, model: str) -> None:
         """Name what runs here."""
@@ -85,8 +89,8 @@ class RouterMetrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"splitserve_{name}", text, labels, registry=self.registry)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"splitserve_{name}", text, registry=self.registry)
+    def _gauge(self, name: str, text: str, look: Callable[[], float]) -> None:
+        Gauge(f"splitserve_{name}", text, registry=self.registry).set_function(look)
 
 
 @contextmanager

@@ -29,6 +29,8 @@ def test_a_wheel_contains_only_splitserve(tmp_path: Path) -> None:
     for file in (
         "kernels/paged_attention.py",
         "router/v1/splitserve.proto",
+        "deploy/alerts/splitserve.yaml",
+        "deploy/dashboards/splitserve.json",
         "deploy/topologies/cpu-demo.yaml",
         "deploy/topologies/topology.schema.json",
         "models/configs/deepseek-v3.json",

@@ -83,7 +83,7 @@ def test_an_answered_request_is_counted_and_each_of_its_phases_measured() -> Non
         assert found("engine_output_tokens_total", pool="decode", engine="decode/0/0") == 38
         assert found("engine_decode_steps_total") == 19
         assert found("kv_transfers_completed_total", transport="memory", pool="prefill") == 1
-        assert found("engine_ready") == 2
+        assert (found("engine_ready"), found("ready")) == (2, 1)
 
     with FakeCluster(behaviour=Behaviour(prefill_s=0.05, transfer_s=0.03, step_s=0.005)) as cluster:
         asyncio.run(scenario())
@@ -133,12 +133,26 @@ def test_attempts_tell_why_they_were_made() -> None:
             await running
             found = await scrape(service)
             assert (found("attempts_total", reason="new"), found("attempts_total", reason="engine_lost")) == (1, 1)
-            assert found("engine_ready", engine="decode/0/0") == 0
+            assert (found("engine_ready", engine="decode/0/0"), found("ready")) == (0, 1)
             service.set_members(cluster.members)
             await eventually(lambda: len(list(service.dispatcher.engines)) == 2)
             assert "decode/0/0" not in (await scrape(service)).text, "who is gone leaves no series behind"
+            service.set_members([])
+            await eventually(lambda: not list(service.dispatcher.engines))
+            assert (await scrape(service))("ready") == 0, "nor may an alert vanish with them"
 
     with FakeCluster(1, 2, Behaviour(step_s=0.01)) as cluster:
+        asyncio.run(scenario())
+
+
+def test_what_has_never_happened_counts_0() -> None:
+    async def scenario() -> None:
+        async with running_router(cluster) as (service, _):
+            found = await scrape(service)
+        for series in ('attempts_total{reason="engine_lost"} 0.0', 'requests_total{code="UNAVAILABLE"} 0.0'):
+            assert f"splitserve_{series}" in found.text
+
+    with FakeCluster() as cluster:
         asyncio.run(scenario())
 
 

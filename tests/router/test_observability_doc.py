@@ -21,7 +21,7 @@ def test_names_types_and_meanings_are_those_of_the_code() -> None:
     documented = [(name, kind, meaning) for name, kind, _, meaning in ROW.findall(DOC.read_text())]
     there = [
         (family.name + SUFFIXES.get(family.type, ""), family.type, family.documentation)
-        for family in RouterMetrics(Admission(1, 1), []).registry.collect()
+        for family in RouterMetrics(Admission(1, 1), [], lambda: True).registry.collect()
         if family.name.startswith("splitserve_")
     ]
     assert sorted(documented) == sorted(there)
