@@ -260,14 +260,13 @@ class DecodeEngine:
         if request.copies:
             self._ranks.execute(CopyPages(tuple(request.copies)))
         self._send(request.router, Joined(message.request_id, message.attempt))
-        for index, (table, first) in enumerate(zip(request.tables, hand_off.first_tokens, strict=True)):
-            self._start(request, index, table, first)
+        request.sequences = [Sequence.of(message, index, self._limits.model) for index in range(message.params.n)]
+        for sequence, table, first in zip(list(request.sequences), request.tables, hand_off.first_tokens, strict=True):
+            self._start(request, sequence, table, first)
 
-    def _start(self, request: _Request, index: int, table: BlockTable, first_token: int) -> None:
-        sequence = Sequence.of(request.message, index, self._limits.model)
+    def _start(self, request: _Request, sequence: Sequence, table: BlockTable, first_token: int) -> None:
         sequence.table = table
         sequence.computed_tokens = len(sequence.token_ids)
-        request.sequences.append(sequence)
         self._slots.add(sequence)
         if sequence.take(first_token).finish_reason is not None or sequence.sample in request.cancelled:
             self._end(request, sequence)

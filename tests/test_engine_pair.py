@@ -65,6 +65,23 @@ def test_stop_ids_and_min_tokens(tiny_model: Path, split: bool) -> None:
 
 
 @BOTH
+def test_samples_go_on_where_the_first_one_ends_with_its_first_token(tiny_model: Path, split: bool) -> None:
+    cluster = InProcessCluster(tiny_model, Settings(split=split))
+    params = replace(PARAMS, n=3, temperature=5.0, seed=1)
+    cluster.ask("a", PROMPT, params)
+    whole = cluster.run()["a"].tokens
+    stop = whole[0][0]
+    assert stop not in (whole[1][0], whole[2][0])
+    cluster.ask("stopped", PROMPT, replace(params, stop_token_ids=(stop,)))
+    stopped = cluster.run(timeout_s=10.0)["stopped"]
+    assert stopped.tokens[0] == [stop]
+    for sample in (1, 2):
+        assert stopped.tokens[sample] == whole[sample][: len(stopped.tokens[sample])]
+        assert stopped.reasons[sample] == ("stop" if stop in whole[sample] else "length")
+    assert_everything_is_free(cluster)
+
+
+@BOTH
 def test_the_context_ends_a_sequence(tiny_model: Path, split: bool) -> None:
     cluster = InProcessCluster(tiny_model, Settings(split=split, context=64))
     cluster.ask("a", PROMPT, SamplingParams(ignore_eos=True))
