@@ -14,6 +14,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARACTERS = 1024
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIASES = 1024
+MAX_GRAMMAR_CHARACTERS = 256 * 1024
 
 
 @message
@@ -23,8 +24,9 @@ class SamplingParams:
 
     The token at a position is argmax(filtered logits / temperature + Gumbel noise); the noise is a pure function of
     (seed, sample index, position, token id), so a request repeats exactly whatever batch it runs in. Temperature 0
-    is greedy. Order of the filters: logit_bias, penalties, min_tokens, temperature, top_k, top_p, min_p. Log
-    probabilities are the model's own, before any of these. `max_tokens` None means up to the context's end.
+    is greedy. Order of the filters: logit_bias, penalties, min_tokens, grammar, temperature, top_k, top_p, min_p. Log
+    probabilities are the model's own, before any of these. `max_tokens` None means up to the context's end. `grammar`
+    is what the answer must match, in llguidance's form; where nothing but its end is left, the answer ends.
     """
 
     max_tokens: int | None = None
@@ -44,6 +46,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str | None = None
 
     @property
     def penalised(self) -> bool:
@@ -66,6 +69,7 @@ class SamplingParams:
         _between("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
         _between("prompt_logprobs", self.prompt_logprobs, 0, MAX_TOP_LOGPROBS)
         self._validate_collections(vocab_size)
+        self._validate_grammar()
 
     def _validate_collections(self, vocab_size: int) -> None:
         _at_most("stop", len(self.stop), MAX_STOP_STRINGS)
@@ -79,6 +83,17 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _between("logit_bias", token, 0, vocab_size - 1)
             _between("logit_bias", bias, -100.0, 100.0)
+
+    def _validate_grammar(self) -> None:
+        if self.grammar is None:
+            return
+        if not 0 < len(self.grammar) <= MAX_GRAMMAR_CHARACTERS:
+            expected = f"give 1 to {MAX_GRAMMAR_CHARACTERS} characters"
+            raise InvalidRequest("grammar", f"{len(self.grammar)} characters", expected)
+        for name in ("min_tokens", "ignore_eos"):
+            if getattr(self, name):
+                expected = "leave it out: a constrained answer ends where it is complete"
+                raise InvalidRequest(name, getattr(self, name), expected)
 
 
 def check_prompt(token_ids: Sequence[int], max_model_len: int, vocab_size: int) -> None:

@@ -45,6 +45,7 @@ from splitserve.decode_worker.inlet import KvInlet, Landed, Lost
 from splitserve.decode_worker.slots import Slots
 from splitserve.decode_worker.steps import Outcome, Steps
 from splitserve.engine.block_manager import BlockManager, BlockTable
+from splitserve.engine.grammar import Grammars, GrammarState, wait_for_mask
 from splitserve.engine.pace import StepTime
 from splitserve.engine.ranks import CopyPages, Ranks
 from splitserve.engine.sequence import ModelLimits, Sequence
@@ -93,12 +94,13 @@ class DecodeEngine:
         layout: KvLayout,
         inlet: KvInlet,
         limits: DecodeLimits,
+        grammars: Grammars,
         send: Send,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name, self._incarnation, self._layout = name, incarnation, layout
         self._ranks, self._steps, self._blocks, self._inlet = ranks, steps, blocks, inlet
-        self._limits, self._send, self._clock = limits, send, clock
+        self._limits, self._grammars, self._send, self._clock = limits, grammars, send, clock
         self._requests: dict[str, _Request] = {}
         self._slots = Slots(blocks, limits.slots)
         self._step_time = StepTime(clock)
@@ -116,6 +118,8 @@ class DecodeEngine:
     def step(self) -> bool:
         """Let landed requests join, give every running sequence room, run the model once, send the new tokens."""
         self._settle_transfers()
+        self._fail_unmasked()
+        late = self._without_mask()
         self._step_time.began()
         launched = self._steps.has_room and self._steps.launch(self._slots.schedule())
         self._counts["decode_steps"] += launched
@@ -124,6 +128,9 @@ class DecodeEngine:
             self._step_time.ended()
         self._advance(outcomes)
         if launched or outcomes or self._steps.under_way:
+            return True
+        if late:
+            wait_for_mask(late)
             return True
         self._step_time.rested()
         self._fail_deadlocked()
@@ -270,6 +277,8 @@ class DecodeEngine:
         self._slots.add(sequence)
         if sequence.take(first_token).finish_reason is not None or sequence.sample in request.cancelled:
             self._end(request, sequence)
+        else:
+            sequence.constrain(self._grammars)
 
     def _advance(self, outcomes: list[Outcome]) -> None:
         outgoing: dict[bytes, list[SampleToken]] = {}
@@ -287,6 +296,8 @@ class DecodeEngine:
             self._blocks.publish(sequence.table, sequence.token_ids, sequence.computed_tokens)
             if sequence.finish_reason is not None:
                 self._end(request, sequence)
+            elif sequence.grammar is not None:
+                sequence.grammar.take(chosen.token_id)
         for router, tokens in outgoing.items():
             self._send(router, StepTokens(tuple(tokens)))
 
@@ -327,6 +338,18 @@ class DecodeEngine:
         message = request.message
         log.warning("%s", error, extra={"request_id": message.request_id})
         self._send(request.router, Failed(message.request_id, message.attempt, error.code, str(error)))
+
+    def _without_mask(self) -> list[GrammarState]:
+        """Of sequences that wait for theirs."""
+        sequences = [sequence for request in self._requests.values() for sequence in request.sequences]
+        return [sequence.grammar for sequence in sequences if sequence.grammar and not sequence.grammar.ready]
+
+    def _fail_unmasked(self) -> None:
+        """Give up requests with a text that its grammar cannot go on from."""
+        for request in list(self._requests.values()):
+            errors = [sequence.grammar.error for sequence in request.sequences if sequence.grammar is not None]
+            if error := next(filter(None, errors), None):
+                self._fail(request, error)
 
     def _fail_deadlocked(self) -> None:
         """Nothing can run although something should: no page is free and the host tier is full."""

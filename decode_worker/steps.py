@@ -7,6 +7,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from splitserve.cluster.messages import TokenLogprobs
 from splitserve.decode_worker.device_loop import LaunchStep, PendingStep, RowResult
 from splitserve.engine.batch import Batch, Chunk
@@ -45,14 +47,22 @@ class StepwiseSteps:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._outcomes: list[Outcome] = []
+        self._unmasked: dict[Sequence, torch.Tensor] = {}  # logits of those whose mask has not come
 
     def launch(self, running: list[Sequence]) -> bool:
-        if not running:
-            return False
-        logits = self._ranks.execute(RunBatch(Batch.of([Chunk(sequence, 1, 1) for sequence in running])))
-        sampled = sample(logits, [sequence.sampler_row() for sequence in running])
-        self._outcomes = list(zip(running, sampled, strict=True))
-        return True
+        """Masks are computed while the model runs; whose is late then is sampled after a later step."""
+        fresh = [sequence for sequence in running if sequence not in self._unmasked]
+        rows = {sequence: self._unmasked[sequence] for sequence in running if sequence in self._unmasked}
+        if fresh:
+            logits = self._ranks.execute(RunBatch(Batch.of([Chunk(sequence, 1, 1) for sequence in fresh])))
+            rows |= zip(fresh, logits, strict=True)
+        ready = [sequence for sequence in rows if sequence.grammar is None or sequence.grammar.ready]
+        if ready:
+            of_all = logits if fresh == ready else torch.stack([rows[sequence] for sequence in ready])
+            sampled = sample(of_all, [sequence.sampler_row() for sequence in ready])
+            self._outcomes = list(zip(ready, sampled, strict=True))
+        self._unmasked = {sequence: rows[sequence].clone() for sequence in rows.keys() - set(ready)}
+        return bool(fresh or ready)
 
     def results(self) -> list[Outcome]:
         outcomes, self._outcomes = self._outcomes, []
@@ -61,12 +71,13 @@ class StepwiseSteps:
 
 @dataclass(eq=False)
 class _Place:
-    """A sequence in its slot, and how many pages of its table the device knows."""
+    """A sequence in its slot, and what the device knows: pages of its table, and at how many tokens its mask is."""
 
     slot: int
     sequence: Sequence
     table: BlockTable
     pages: int = 0
+    mask_length: int = 0
     live: bool = True
 
 
@@ -74,7 +85,8 @@ class GraphSteps:
     """Steps are CUDA graphs that go on from state on the device; the host writes only what changed.
 
     Who is running is compared with who was: newcomers are admitted to free slots, those gone are freed, and new pages
-    are told, in the update record of the next step. A result that comes for somebody who left meanwhile is dropped.
+    are told, in the update record of the next step. A constrained sequence runs only with its mask, which follows from
+    the token before: in every other step. A result that comes for somebody who left meanwhile is dropped.
     """
 
     def __init__(self, ranks: Ranks, layout: SlotLayout, capacities: Seq[int], page_size: int) -> None:
@@ -101,7 +113,7 @@ class GraphSteps:
         for sequence in running:
             place = self._places.get(sequence) or self._admit(sequence)
             self._give_pages(place)
-        ready = [place for place in self._places.values() if place.sequence.needs_step]
+        ready = [place for place in self._places.values() if place.sequence.needs_step and self._has_mask(place)]
         self._launched = bool(ready)
         if not ready:
             return False
@@ -154,6 +166,17 @@ class GraphSteps:
         place.pages = len(pages)
         room = min(place.pages * self._page_size, place.sequence.length_limit - 1)
         self._updates.set(place.slot, {"room": room})
+
+    def _has_mask(self, place: _Place) -> bool:
+        sequence, grammar = place.sequence, place.sequence.grammar
+        if grammar is None:
+            return True
+        if sequence.in_flight or not grammar.ready:
+            return False
+        if place.mask_length != len(sequence.token_ids):
+            place.mask_length = len(sequence.token_ids)
+            self._updates.allow(place.slot, place.mask_length, grammar.mask)
+        return True
 
 
 def _sampled(row: RowResult, logprobs: int | None) -> SampledToken | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -20,6 +21,7 @@ from splitserve.deploy.colocated import ColocatedEngine, LocalInlet, LocalOutlet
 from splitserve.deploy.loading import LoadedRank
 from splitserve.engine.block_manager import BlockManager
 from splitserve.engine.device_sampler import DeviceSampler, HostSampler
+from splitserve.engine.grammar import Grammars
 from splitserve.engine.ranks import Ranks, RankService
 from splitserve.engine.runner import ModelRunner
 from splitserve.engine.serving import Engine, Send
@@ -31,6 +33,8 @@ from splitserve.kv_transfer.shm import host_id, sweep
 from splitserve.kv_transfer.staging import WindowAllocator
 from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender
 from splitserve.kv_transfer.transport import ReceiverTransport
+from splitserve.models.grammar import GrammarCompiler
+from splitserve.models.resolve import resolve_model
 from splitserve.prefill_worker.engine import PrefillEngine, PrefillLimits
 from splitserve.prefill_worker.outlet import KvOutlet, SendOutlet, SendService
 
@@ -57,6 +61,12 @@ class Leader:
     @property
     def layout(self) -> KvLayout:
         return self.loaded.runner.cache.layout
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """For constrained answers; the model's tokenizer is read when the first one comes."""
+        path, limits = self.spec.topology.model.path, self.loaded.limits
+        return Grammars(lambda: GrammarCompiler(resolve_model(path), limits.vocab_size, limits.eos_token_ids))
 
 
 def rank_parts(spec: RankSpec, loaded: LoadedRank) -> RankParts:
@@ -86,7 +96,8 @@ def build_engine(leader: Leader) -> Engine:
         inlet = ReceiveInlet(leader.ranks, leader.layout, leader.endpoints, staging, lease_s)
         return _decode_engine(leader, blocks, inlet)
     local = LocalInlet(leader.layout, lease_s)
-    return ColocatedEngine(_prefill_engine(leader, blocks, LocalOutlet(local)), _decode_engine(leader, blocks, local))
+    prefill = _prefill_engine(leader, blocks, LocalOutlet(local))
+    return ColocatedEngine(prefill, _decode_engine(leader, blocks, local))
 
 
 def _prefill_rank(spec: RankSpec, runner: ModelRunner) -> RankParts:
@@ -128,7 +139,16 @@ def _prefill_engine(leader: Leader, blocks: BlockManager, outlet: KvOutlet) -> P
     vocab_size, device = leader.loaded.config.vocab_size, torch.device(spec.device)
     chooser = HostSampler() if device.type == "cpu" else DeviceSampler(vocab_size, device)
     return PrefillEngine(
-        spec.engine, spec.incarnation, leader.ranks, blocks, leader.layout, outlet, chooser, limits, leader.send
+        spec.engine,
+        spec.incarnation,
+        leader.ranks,
+        blocks,
+        leader.layout,
+        outlet,
+        chooser,
+        limits,
+        leader.grammars,
+        leader.send,
     )
 
 
@@ -137,7 +157,16 @@ def _decode_engine(leader: Leader, blocks: BlockManager, inlet: KvInlet) -> Deco
     pool = spec.topology.decode
     limits = DecodeLimits(pool.slots, pool.max_sequences, leader.loaded.limits)
     return DecodeEngine(
-        spec.engine, spec.incarnation, leader.ranks, _steps(leader), blocks, leader.layout, inlet, limits, leader.send
+        spec.engine,
+        spec.incarnation,
+        leader.ranks,
+        _steps(leader),
+        blocks,
+        leader.layout,
+        inlet,
+        limits,
+        leader.grammars,
+        leader.send,
     )
 
 

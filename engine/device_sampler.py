@@ -72,6 +72,8 @@ class DeviceSampler:
         updates = SlotUpdateBuilder(self._layout)
         for slot, sequence in enumerate(sequences):
             updates.sample_as(slot, sequence)
+            if sequence.grammar is not None:
+                updates.allow(slot, len(sequence.token_ids), sequence.grammar.mask)
         self._state.apply(updates.take())
         return self._sample(logits, len(sequences))
 

@@ -2,9 +2,9 @@
 
 token = argmax(filter(adjust(logits) / temperature) + gumbel(seed, sample index, position, token id))
 
-`adjust` is logit bias, then repetition, presence and frequency penalties, then the min_tokens mask; `filter` is top-k,
-top-p, min-p, each of which keeps tokens tied at its threshold. Without temperature the token is argmax(adjust(logits)),
-the lowest id of equals. Log probabilities are the model's own, before any of this.
+`adjust` is logit bias, then repetition, presence and frequency penalties, then the masks of min_tokens and grammar;
+`filter` is top-k, top-p, min-p, each of which keeps tokens tied at its threshold. Without temperature the token is
+argmax(adjust(logits)), the lowest id of equals. Log probabilities are the model's own, before any of this.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from splitserve.cluster.messages import TokenLogprobs
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.engine.noise import gumbel, noise_keys
+from splitserve.models.grammar import Mask
 
 _NUCLEUS_GUESS = 1024
 
@@ -27,7 +29,7 @@ class SamplerRow:
     """What the next token of one sequence depends on, besides its logits.
 
     `token_ids` are prompt and output so far, the first `prompt_tokens` of them the prompt; the new token's position
-    is their number. Tokens in `stopping_ids` would end the sequence.
+    is their number. Tokens in `stopping_ids` would end the sequence. `mask`: a bit for each token that may come.
     """
 
     params: SamplingParams
@@ -35,6 +37,7 @@ class SamplerRow:
     token_ids: Sequence[int]
     prompt_tokens: int
     stopping_ids: frozenset[int]
+    mask: Mask | None = None
 
     @property
     def position(self) -> int:
@@ -51,7 +54,7 @@ class SamplerRow:
     @property
     def adjusts(self) -> bool:
         """Whether the logits change before temperature applies."""
-        return bool(self.params.logit_bias or self.params.penalised or self.forbids_stop)
+        return bool(self.params.logit_bias or self.params.penalised or self.forbids_stop or self.mask is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,9 @@ def _adjust_(logits: torch.Tensor, row: SamplerRow) -> None:
         logits[seen] -= params.presence_penalty + params.frequency_penalty * counts
     if row.forbids_stop:
         logits[list(row.stopping_ids)] = -math.inf
+    if row.mask is not None:
+        allowed = np.unpackbits(row.mask.view(np.uint8), count=len(logits), bitorder="little")
+        logits[torch.from_numpy(allowed == 0).to(logits.device)] = -math.inf
 
 
 def _draw(logits: torch.Tensor, best: torch.Tensor, rows: list[SamplerRow]) -> torch.Tensor:

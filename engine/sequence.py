@@ -8,6 +8,7 @@ from splitserve.cluster.errors import InvalidRequest
 from splitserve.cluster.messages import FinishReason, Prefill, Reserve, SampleToken, TokenLogprobs
 from splitserve.cluster.sampling import MAX_SAMPLES, SamplingParams, check_prompt
 from splitserve.engine.block_manager import BlockTable
+from splitserve.engine.grammar import Grammars, GrammarState
 from splitserve.engine.sampler import SamplerRow
 
 
@@ -28,6 +29,8 @@ class ModelLimits:
             raise InvalidRequest("output_tokens", answered, "give fewer than token_ids has, and than max_tokens")
         if answered and request.params.n != 1:
             raise InvalidRequest("n", request.params.n, "go on with one sample at a time")
+        if request.params.grammar is not None and not self.eos_token_ids:
+            raise InvalidRequest("grammar", "a model without an end-of-sequence token", "leave it out")
         if not 0 <= request.first_sample <= MAX_SAMPLES - request.params.n:
             raise InvalidRequest("first_sample", request.first_sample, f"samples have numbers below {MAX_SAMPLES}")
 
@@ -38,7 +41,7 @@ class Sequence:
 
     `max_model_len` bounds prompt and output together, in tokens. `prompt_tokens` is how many of `token_ids` came
     with the request: tokens that an earlier attempt generated already are output, not prompt. `in_flight` tokens are
-    being computed that the host does not know yet.
+    being computed that the host does not know yet. `grammar` is where a constrained one stands, its tokens taken.
     """
 
     request_id: str
@@ -54,6 +57,7 @@ class Sequence:
     computed_tokens: int = 0
     in_flight: int = 0
     finish_reason: FinishReason | None = None
+    grammar: GrammarState | None = None
     stopping_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -107,9 +111,15 @@ class Sequence:
         self.finish_reason = self._finish_reason(token_id)
         return SampleToken(self.request_id, self.attempt, self.sample, position, token_id, self.finish_reason, logprobs)
 
+    def constrain(self, grammars: Grammars) -> None:
+        """Have its next tokens match the grammar that it asks for, if it does."""
+        if self.params.grammar is not None:
+            self.grammar = grammars.begin(self.params.grammar, self.token_ids[self.prompt_tokens :])
+
     def sampler_row(self) -> SamplerRow:
         """What the sampler needs to choose the next token."""
-        return SamplerRow(self.params, self.sample, self.token_ids, self.prompt_tokens, self.stopping_ids)
+        mask = self.grammar.mask if self.grammar else None
+        return SamplerRow(self.params, self.sample, self.token_ids, self.prompt_tokens, self.stopping_ids, mask)
 
     def _finish_reason(self, token_id: int) -> FinishReason | None:
         if token_id in self.stopping_ids and self.output_tokens > self.params.min_tokens:

@@ -22,6 +22,7 @@ from splitserve.engine.to_device import to_device
 from splitserve.kernels.sampling import BARRED_FOREVER, SamplerState
 from splitserve.kernels.slot_rows import SlotTable
 from splitserve.kernels.word_updates import update_words
+from splitserve.models.grammar import Mask
 
 MAX_BIASES = MAX_LOGIT_BIASES + MAX_STOP_TOKEN_IDS + 32  # 32 ids that end every sequence
 MASK_BITS = 32
@@ -132,6 +133,7 @@ class SlotUpdateBuilder:
     def __init__(self, layout: SlotLayout) -> None:
         self._fields = layout.fields
         self._changes: dict[int, int] = {}
+        self._masks: dict[int, Mask] = {}  # by slot
         self._histories: list[History] = []
 
     def set(self, slot: int, values: Mapping[str, float]) -> None:
@@ -152,24 +154,32 @@ class SlotUpdateBuilder:
         values = {name: getattr(params, name) for name in _SAMPLING}
         logprobs = -1 if params.logprobs is None else params.logprobs
         biases = _biases(sequence)
-        extra = {"sample": sequence.sample, "logprobs": logprobs, "grammar": 0, "bias_count": len(biases)}
+        extra = {
+            "sample": sequence.sample,
+            "logprobs": logprobs,
+            "grammar": int(sequence.grammar is not None),
+            "bias_count": len(biases),
+        }
         self.set(slot, values | extra | {"length": len(sequence.token_ids)})
         for name, column in zip(("bias_ids", "bias_values", "bias_until"), zip(*biases, strict=True), strict=False):
             self.fill(slot, name, column)
         if params.penalised:
             self._histories.append(History(slot, sequence.prompt_tokens, list(sequence.token_ids)))
 
-    def allow(self, slot: int, length: int, mask: Seq[int]) -> None:
+    def allow(self, slot: int, length: int, mask: Mask) -> None:
         """Let a slot whose `grammar` is set run at `length` tokens, with the tokens whose bits are set."""
-        self.fill(slot, "mask", np.array(mask, np.uint32).view(np.int32).tolist())
+        self._masks[slot] = mask
         self.set(slot, {"mask_length": length})
 
     def take(self) -> SlotUpdates:
         """The changes since the last call."""
-        words = np.fromiter(self._changes.keys(), np.int32, len(self._changes))
-        values = np.fromiter(self._changes.values(), np.int32, len(self._changes))
+        field = self._fields["mask"]
+        rows = [np.arange(field.words, dtype=np.int32) + (field.start + slot * field.words) for slot in self._masks]
+        words = np.concatenate([np.fromiter(self._changes.keys(), np.int32, len(self._changes)), *rows])
+        single = np.fromiter(self._changes.values(), np.int32, len(self._changes))
+        values = np.concatenate([single, *self._masks.values()])
         updates = SlotUpdates(words.tobytes(), values.tobytes(), tuple(self._histories))
-        self._changes, self._histories = {}, []
+        self._changes, self._masks, self._histories = {}, {}, []
         return updates
 
 

@@ -41,6 +41,7 @@ from splitserve.cluster.messages import (
 from splitserve.engine.batch import Batch, Chunk
 from splitserve.engine.block_manager import BlockManager
 from splitserve.engine.device_sampler import PendingTokens, TokenChooser
+from splitserve.engine.grammar import Grammars, GrammarState, wait_for_mask
 from splitserve.engine.pace import Throughput
 from splitserve.engine.ranks import Ranks
 from splitserve.engine.sampler import prompt_logprobs
@@ -76,6 +77,11 @@ class _Request:
     def transfer_id(self) -> str:
         return self.message.ticket.transfer_id
 
+    @property
+    def can_begin(self) -> bool:
+        """Whether the mask of its first token is there, if it needs one."""
+        return self.sequence.grammar is None or self.sequence.grammar.ready
+
 
 @dataclass(frozen=True)
 class _Launched:
@@ -100,12 +106,13 @@ class PrefillEngine:
         outlet: KvOutlet,
         chooser: TokenChooser,
         limits: PrefillLimits,
+        grammars: Grammars,
         send: Send,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name, self._incarnation, self._layout = name, incarnation, layout
         self._ranks, self._blocks, self._outlet, self._chooser = ranks, blocks, outlet, chooser
-        self._limits, self._send, self._clock = limits, send, clock
+        self._limits, self._grammars, self._send, self._clock = limits, grammars, send, clock
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []
         self._sending: dict[str, _Request] = {}
@@ -125,6 +132,7 @@ class PrefillEngine:
     def step(self) -> bool:
         """Settle transfers, admit prompts, launch one packed batch of chunks, finish what the device is done with."""
         self._settle_transfers()
+        late = self._without_mask()
         chunks: list[tuple[_Request, int]] = []
         if len(self._under_way) < 2:  # the device always has the next one waiting
             self._admit()
@@ -135,7 +143,11 @@ class PrefillEngine:
         while self._under_way and self._under_way[0].tokens.ready:
             self._finish(self._under_way.popleft())
             finished = True
-        return bool(chunks) or finished or bool(self._under_way) or self._ranks.busy
+        if chunks or finished or self._under_way or self._ranks.busy:
+            return True
+        if late:
+            wait_for_mask(late)
+        return bool(late)
 
     @property
     def sockets(self) -> list[Socket]:
@@ -191,6 +203,7 @@ class PrefillEngine:
         except SplitserveError as error:
             self._send(router, Failed(item.request_id, item.attempt, error.code, str(error)))
             return
+        sequence.constrain(self._grammars)
         self._waiting.append(request)
 
     def _check(self, item: Prefill) -> None:
@@ -212,8 +225,10 @@ class PrefillEngine:
 
     def _admit(self) -> None:
         """Take in no more prompts than the next step can compute: later ones may find prefixes that these leave."""
-        while self._waiting and self._pending_tokens() < self._limits.chunk_tokens:
-            request = self._waiting[0]
+        while self._pending_tokens() < self._limits.chunk_tokens:
+            request = next((request for request in self._waiting if request.can_begin), None)
+            if request is None:
+                return
             try:
                 table = self._outlet.open(request.message)
             except SplitserveError as error:
@@ -222,7 +237,7 @@ class PrefillEngine:
                 continue
             if table is None:
                 return
-            self._waiting.popleft()
+            self._waiting.remove(request)
             request.started = self._clock()
             request.sequence.table = table
             request.sequence.computed_tokens = table.cached_tokens
@@ -234,6 +249,17 @@ class PrefillEngine:
     def _to_compute(self) -> int:
         """Prompt tokens of all that wait and run, less what was cached of them when they came."""
         return self._pending_tokens() + sum(request.uncached for request in self._waiting)
+
+    def _without_mask(self) -> list[GrammarState]:
+        """Of prompts that wait for the mask of their first token; those that will have none fail."""
+        late = []
+        for request in [request for request in self._waiting if not request.can_begin]:
+            assert request.sequence.grammar is not None
+            if error := request.sequence.grammar.error:
+                self._fail(request, error)
+            else:
+                late.append(request.sequence.grammar)
+        return late
 
     def _pending_tokens(self) -> int:
         return sum(request.sequence.pending_tokens for request in self._running)

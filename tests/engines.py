@@ -32,6 +32,7 @@ from splitserve.decode_worker.steps import GraphSteps, Steps, StepwiseSteps
 from splitserve.deploy.colocated import ColocatedEngine, LocalInlet, LocalOutlet
 from splitserve.engine.block_manager import BlockManager
 from splitserve.engine.device_sampler import DeviceSampler, HostSampler, TokenChooser
+from splitserve.engine.grammar import Grammars
 from splitserve.engine.kv_cache import TORCH_DTYPES, KvCache
 from splitserve.engine.ranks import Rank, Ranks, RankService
 from splitserve.engine.runner import ModelRunner
@@ -41,6 +42,7 @@ from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.sender import KvSender
 from splitserve.kv_transfer.staging import WindowAllocator
 from splitserve.models.config import Dtype
+from splitserve.models.grammar import GrammarCompiler
 from splitserve.models.layers import SingleRank
 from splitserve.models.resolve import load_model_config
 from splitserve.models.weights import load_model
@@ -108,6 +110,7 @@ class InProcessCluster:
         self._goes_on: dict[str, tuple[int, int]] = {}
         self._retry: list[str] = []
         self._limits = ModelLimits(settings.context, self._config.vocab_size, frozenset(self._config.eos_token_ids))
+        self.grammars = Grammars(lambda: GrammarCompiler(folder, self._limits.vocab_size, self._limits.eos_token_ids))
         self.devices: list[SlowDevice] = []
         self.engines: list[Any] = self._split() if settings.split else self._colocated()
 
@@ -212,12 +215,16 @@ class InProcessCluster:
         chooser: TokenChooser = HostSampler()
         if self.settings.capacities:
             chooser = DeviceSampler(self._config.vocab_size, torch.device(self.settings.device))
-        return PrefillEngine("prefill/0/0", "1", ranks, blocks, self.layout, outlet, chooser, limits, self._hear)
+        return PrefillEngine(
+            "prefill/0/0", "1", ranks, blocks, self.layout, outlet, chooser, limits, self.grammars, self._hear
+        )
 
     def _decode_engine(self, ranks: Ranks, blocks: BlockManager, inlet: Any) -> DecodeEngine:
         limits = DecodeLimits(self.settings.slots, self.settings.max_sequences, self._limits)
         steps = self._steps(ranks)
-        return DecodeEngine("decode/0/0", "1", ranks, steps, blocks, self.layout, inlet, limits, self._hear)
+        return DecodeEngine(
+            "decode/0/0", "1", ranks, steps, blocks, self.layout, inlet, limits, self.grammars, self._hear
+        )
 
     def _reserve(self, name: str) -> None:
         token_ids, params = self._asked[name]
@@ -242,7 +249,7 @@ class InProcessCluster:
                 for token in tokens:
                     self._take(token)
             case Failed(request_id=name):
-                self.answers[name].failed = item
+                self.answers[name].failed = self.answers[name].failed or item
 
     def _take(self, token: SampleToken) -> None:
         answer = self.answers[token.request_id]

@@ -10,8 +10,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from llguidance import LLMatcher
 
 from splitserve.cluster.errors import ProtocolError
 from splitserve.cluster.sampling import SamplingParams
@@ -64,6 +66,26 @@ def test_same_answers_as_step_by_step(tiny_model: Path, expected: dict[str, Answ
                     continue
                 assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
                 assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
+
+
+CONSTRAINED = replace(SAMPLED, ignore_eos=False, max_tokens=20, n=2, grammar=LLMatcher.grammar_from_regex("[a-f]{4}!"))
+
+
+@pytest.mark.parametrize("pages", [256, 10], ids=["room", "preemption"])
+def test_constrained_answers_are_those_of_steps_one_by_one(tiny_model: Path, pages: int) -> None:
+    """Beside others that are not, and that go on as ever."""
+    found = {}
+    for settings in (SETTINGS, replace(GRAPHS, split=False, pages=pages)):
+        cluster = InProcessCluster(tiny_model, settings)
+        for index, params in enumerate((CONSTRAINED, SAMPLED, replace(CONSTRAINED, temperature=0.0, n=1))):
+            cluster.ask(str(index), prompt(13 + 9 * index, index), params)
+        answers = cluster.run()
+        found[settings] = {name: (answer.tokens, answer.reasons) for name, answer in answers.items()}
+        cluster.settle()
+        assert cluster.free_pages() == [settings.pages] * len(cluster.blocks)
+    ours, theirs = found.values()
+    assert ours == theirs
+    assert ours["0"][1] == {0: "stop", 1: "stop"}
 
 
 def test_stop_ids_and_min_tokens(tiny_model: Path, expected: dict[str, Answer]) -> None:
@@ -150,7 +172,7 @@ def test_a_slot_waits_for_its_grammar_mask_while_others_go_on(tiny_model: Path) 
     ran = []
     for step in range(4):
         if step == 2:
-            mask = [0] * loop.layout.fields["mask"].shape[0]
+            mask = np.zeros(loop.layout.fields["mask"].shape, np.int32)
             mask[40 // 32] |= 1 << 40 % 32
             updates.allow(1, 1, mask)
         ran.append(loop.launch(LaunchStep(step, 2, updates.take(), top=False)).wait())
