@@ -47,6 +47,10 @@ class Sampling(TypedDict, total=False):
     ignore_eos: bool
     logprobs: int
     prompt_logprobs: int
+    json_schema: str  # of these four, one at most: what the whole answer must be
+    regex: str
+    grammar: str
+    choice: Sequence[str]
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
 @_checked
 def generate_request(prompt: str | Sequence[int], model: str, priority: int, sampling: Sampling) -> pb.GenerateRequest:
     """A Generate call for a text or for token ids."""
-    request = pb.GenerateRequest(model=model, priority=priority, sampling=pb.Sampling(**sampling))
+    request = pb.GenerateRequest(model=model, priority=priority, sampling=_sampling(sampling))
     if isinstance(prompt, str):
         request.text = prompt
     else:
@@ -125,7 +125,7 @@ def generate_request(prompt: str | Sequence[int], model: str, priority: int, sam
 @_checked
 def chat_request(messages: Conversation, model: str, priority: int, sampling: Sampling) -> pb.ChatRequest:
     """A Chat call."""
-    parameters = pb.Sampling(**sampling)
+    parameters = _sampling(sampling)
     return pb.ChatRequest(model=model, messages=_messages(messages), priority=priority, sampling=parameters)
 
 
@@ -226,6 +226,13 @@ class Gatherer:
 
 def _messages(conversation: Conversation) -> list[pb.Message]:
     return [pb.Message(**message) for message in conversation]
+
+
+def _sampling(sampling: Sampling) -> pb.Sampling:
+    fields: dict[str, Any] = dict(sampling)
+    if "choice" in fields:
+        fields["choice"] = pb.Choices(texts=fields["choice"])
+    return pb.Sampling(**fields)
 
 
 def _delta(delta: pb.Delta) -> Delta:

@@ -34,7 +34,8 @@ LIMITS: dict[str, Any] = {
 class GrammarCompiler:
     """Compiles grammars for the tokenizer in `folder` and a vocabulary of `vocab_size`. Thread-safe.
 
-    Texts end with one of `eos_token_ids`. Raises StartupError without llguidance, ModelLoadError for the tokenizer.
+    Texts end with one of `eos_token_ids`, the tokenizer's own if there are none. Raises StartupError without
+    llguidance, ModelLoadError for the tokenizer.
     """
 
     def __init__(self, folder: Path, vocab_size: int, eos_token_ids: Collection[int]) -> None:
@@ -46,7 +47,7 @@ class GrammarCompiler:
         path = folder / "tokenizer.json"
         try:
             text = path.read_text("utf-8")
-            self._tokenizer = llguidance.LLTokenizer(text, n_vocab=vocab_size, eos_token=sorted(eos_token_ids))
+            self._tokenizer = llguidance.LLTokenizer(text, n_vocab=vocab_size, eos_token=sorted(eos_token_ids) or None)
         except (OSError, ValueError) as error:
             raise ModelLoadError(f"{path}: no grammar can use this tokenizer: {error}") from error
         self._limits = llguidance.LLParserLimits(**LIMITS, verbose_errors=False)

@@ -13,6 +13,7 @@ from splitserve.cluster.errors import InvalidRequest, Overloaded, SplitserveErro
 from splitserve.cluster.messages import TokenLogprobs
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.router.chat_template import Conversation
+from splitserve.router.constraint import Constraint
 from splitserve.router.dispatcher import Dispatcher
 from splitserve.router.metrics import outcome
 from splitserve.router.output_buffer import Answered, Delta
@@ -32,6 +33,8 @@ ANSWERED_REASONS: dict[int, Literal["stop", "length"]] = {
     pb.FINISH_REASON_STOP: "stop",
     pb.FINISH_REASON_LENGTH: "length",
 }
+
+CONSTRAINTS = {field.name for field in pb.Sampling.DESCRIPTOR.oneofs_by_name["constraint"].fields}
 
 Context = grpc.aio.ServicerContext[bytes, Message]
 M = TypeVar("M", bound=Message)
@@ -88,6 +91,7 @@ class SplitServe:
         self, token_ids: list[int], request: pb.GenerateRequest | pb.ChatRequest, context: Context
     ) -> None:
         params, answered = _sampling_params(request.sampling), [_answered(sample) for sample in request.answered]
+        params = await self._validator.constrain(params, _constraint(request.sampling))
         self._validator.check_params(token_ids, params)
         self._validator.check_answered(answered, token_ids, params)
 
@@ -171,7 +175,18 @@ def _answered(sample: pb.Answered) -> Answered:
 
 def _sampling_params(sampling: pb.Sampling) -> SamplingParams:
     """Sampling parameters with the defaults of SamplingParams for what is not set. They are not validated yet."""
-    return SamplingParams(**{field.name: _plain(value) for field, value in sampling.ListFields()})
+    plain = {field.name: _plain(value) for field, value in sampling.ListFields() if field.name not in CONSTRAINTS}
+    return SamplingParams(**plain)
+
+
+def _constraint(sampling: pb.Sampling) -> Constraint | None:
+    match sampling.WhichOneof("constraint"):
+        case None:
+            return None
+        case "choice":
+            return Constraint.choice(sampling.choice.texts, "choice")
+        case kind:
+            return Constraint(kind, getattr(sampling, kind), kind)
 
 
 def _plain(value: Any) -> Any:

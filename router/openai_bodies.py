@@ -22,7 +22,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
@@ -68,6 +67,8 @@ class _Body(_Model):
     ignore_eos: bool = False
     stop_token_ids: list[int] = []
     priority: int = Field(default=0, ge=-(2**31), lt=2**31)
+    response_format: Any = None
+    structured_outputs: Any = None
 
     def sampling_params(self, logprobs: int | None) -> SamplingParams:
         """Sampling parameters, not validated yet. Without a seed, an answer is another one each time."""

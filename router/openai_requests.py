@@ -10,6 +10,7 @@ from splitserve.cluster.errors import InvalidRequest
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.router.chat_template import Conversation
 from splitserve.router.openai_bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse, text_of
+from splitserve.router.openai_constraints import constraint_of
 from splitserve.router.validate import Validator
 
 COMPLETION_TOKENS = 16  # OpenAI's default where a completion names no max_tokens
@@ -44,7 +45,8 @@ async def completion(raw: dict[str, Any], validator: Validator) -> Call:
     if body.best_of not in (None, body.n):
         raise InvalidRequest("best_of", body.best_of, f"leave it out, or give n, {body.n}")
     answered = not (body.echo and body.max_tokens == 0)
-    params = body.sampling_params(body.logprobs)
+    constraint = constraint_of(body.response_format, body.structured_outputs)
+    params = await validator.constrain(body.sampling_params(body.logprobs), constraint)
     if body.echo:
         params = replace(params, prompt_logprobs=body.logprobs)
     prompts = []
@@ -66,6 +68,7 @@ async def chat(raw: dict[str, Any], validator: Validator) -> Call:
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs", body.top_logprobs, "give it with logprobs: true only")
     params = body.sampling_params((body.top_logprobs or 0) if body.logprobs else None)
+    params = await validator.constrain(params, constraint_of(body.response_format, body.structured_outputs))
     if body.max_completion_tokens is not None:
         params = replace(params, max_tokens=body.max_completion_tokens)
     token_ids = await validator.encode_chat(_conversation(body.messages))

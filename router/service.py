@@ -19,6 +19,7 @@ from splitserve.cluster.errors import StartupError
 from splitserve.cluster.messages import Member
 from splitserve.cluster.topology import Topology
 from splitserve.router.certificates import Certificates
+from splitserve.router.constraint import GrammarChecker
 from splitserve.router.dispatcher import Dispatcher
 from splitserve.router.engines import Engine
 from splitserve.router.grpc_server import SERVICE, SplitServe
@@ -56,7 +57,8 @@ class RouterService:
         self._loop: asyncio.AbstractEventLoop | None = None
         tokenizer = Tokenizer.load(model_folder)
         identity = f"router-{index}-{secrets.token_hex(4)}"
-        validator = Validator(topology.model.served_name, tokenizer, topology.model.context)
+        self._grammars = GrammarChecker(model_folder, tokenizer.vocab_size)
+        validator = Validator(topology.model.served_name, tokenizer, self._grammars, topology.model.context)
         self.dispatcher = Dispatcher(identity, topology.router, topology.worker_timeout_s, keys, tokenizer.detokenizer)
         self.dispatcher.metrics.describe(version=__version__, cluster=topology.name, model=topology.model.served_name)
         deadline_s, tenants = topology.router.default_deadline_s, Tenants(topology.security.api_keys)
@@ -108,6 +110,7 @@ class RouterService:
             await self._health_task
         await self._health.enter_graceful_shutdown()
         await asyncio.gather(self._server.stop(GRACE_S), *([self._http.stop()] if self._http else []))
+        await self._grammars.close()
         await self.dispatcher.engines.close()
 
     def _listen(self) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from splitserve.cluster.errors import InvalidRequest, NotFound
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.router.chat_template import Conversation
+from splitserve.router.constraint import Constraint, GrammarChecker
 from splitserve.router.output_buffer import Answered
 from splitserve.router.tokenizer import Tokenizer
 
@@ -18,11 +20,12 @@ T = TypeVar("T")
 
 
 class Validator:
-    """Checks requests against one model: its served name, tokenizer, and context in tokens."""
+    """Checks requests against one model: its served name, tokenizer, grammars, and context in tokens."""
 
-    def __init__(self, model: str, tokenizer: Tokenizer, context: int) -> None:
+    def __init__(self, model: str, tokenizer: Tokenizer, grammars: GrammarChecker, context: int) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.grammars = grammars
         self.context = context
 
     def check_model(self, name: str) -> None:
@@ -75,6 +78,10 @@ class Validator:
         if params.max_tokens is not None and params.max_tokens > room:
             expected = f"after {len(token_ids)} prompt tokens the context of {self.context} has room for {room}"
             raise InvalidRequest("max_tokens", params.max_tokens, expected)
+
+    async def constrain(self, params: SamplingParams, constraint: Constraint | None) -> SamplingParams:
+        """`params` for answers that match `constraint`, if there is one."""
+        return replace(params, grammar=await self.grammars.grammar(constraint)) if constraint else params
 
     def check_answered(self, answered: Sequence[Answered], token_ids: Sequence[int], params: SamplingParams) -> None:
         """Check what a client has of an answer to a prompt: nothing, or part of each sample."""

@@ -73,7 +73,7 @@ def test_samples_go_on_where_the_first_one_ends_with_its_first_token(tiny_model:
     stop = whole[0][0]
     assert stop not in (whole[1][0], whole[2][0])
     cluster.ask("stopped", PROMPT, replace(params, stop_token_ids=(stop,)))
-    stopped = cluster.run(timeout_s=10.0)["stopped"]
+    stopped = cluster.run(patience_s=10.0)["stopped"]
     assert stopped.tokens[0] == [stop]
     for sample in (1, 2):
         assert stopped.tokens[sample] == whole[sample][: len(stopped.tokens[sample])]

@@ -105,7 +105,7 @@ def test_every_sampling_parameter_arrives(
 
     monkeypatch.setattr(engine, "join", join)
     client.generate([5, 6], **sampling).result()
-    expected = sampling | {"stop": ("never to be seen",), "stop_token_ids": (7,)}
+    expected = sampling | {"stop": ("never to be seen",), "stop_token_ids": (7,), "grammar": None}
     assert [vars(params) for params in seen] == [expected]
 
 
