@@ -55,7 +55,7 @@ def test_with_one_worker_a_pool_they_wait_until_it_is_back(engine: str) -> None:
             for completion in await asyncio.gather(*reading):
                 assert completion.samples[0].token_ids == tuple(echo([5, 6, 7], 40))
 
-    with FakeCluster(behaviour=Behaviour(prefill_s=0.05, step_s=0.01)) as cluster, nothing_left(cluster):
+    with FakeCluster(behaviour=Behaviour(prefill_s=0.5, step_s=0.01)) as cluster, nothing_left(cluster):
         asyncio.run(scenario(cluster))
 
 
