@@ -1,5 +1,5 @@
 # The commands that people and CI share. `make demo` and `make test` set everything up by themselves.
-.PHONY: setup check test demo bench chaos fuzz gpu-test gpu-bench proto
+.PHONY: setup check test demo docs bench chaos fuzz gpu-test gpu-bench proto
 SHELL := /bin/bash
 export MKL_CBWR := AVX2
 BIN := .venv/bin
@@ -24,6 +24,9 @@ fuzz: setup # the fuzzers of tests/fuzz with new seeds, for half an hour
 
 demo: setup # or: make demo MODEL=tiny-moe
 	$(BIN)/splitserve demo $(or $(DEMO_$(MODEL)),$(error MODEL is smollm2 or tiny-moe, not $(MODEL)))
+
+docs: setup # the docs site, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: setup
 	$(BIN)/python -m benchmarks
