@@ -143,6 +143,11 @@ class Router(Section):
             raise ValueError(f"{value} ports from {ports[0]} and from {ports[1]} on overlap; move grpc or http")
         return value
 
+    @property
+    def max_connections(self) -> int:
+        """Connections of HTTP that one router holds: one for each request that it takes, and as many that are idle."""
+        return 2 * (self.max_active + self.max_queue)
+
     def grpc_address(self, index: int) -> str:
         """host:port that router `index` takes gRPC on."""
         return _with_port_added(self.grpc, index)

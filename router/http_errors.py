@@ -21,7 +21,14 @@ STATUSES = {
     "ABORTED": 503,
     "DEADLINE_EXCEEDED": 504,
 }
-NAMES = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED", 408: "REQUEST_TIMEOUT", 413: "PAYLOAD_TOO_LARGE"}
+NAMES = {
+    404: "NOT_FOUND",
+    405: "METHOD_NOT_ALLOWED",
+    408: "REQUEST_TIMEOUT",
+    413: "PAYLOAD_TOO_LARGE",
+    431: "HEAD_TOO_LARGE",
+    503: "UNAVAILABLE",
+}
 
 
 def error_object(error: SplitserveError) -> Json:
@@ -33,6 +40,11 @@ def error_object(error: SplitserveError) -> Json:
 def status_of(error: SplitserveError) -> int:
     """The HTTP status that goes with `error`."""
     return STATUSES.get(error.code, 500)
+
+
+def refusal(status: int, message: str) -> Json:
+    """What is wrong with something that is no whole request."""
+    return _object(status, message, None, NAMES.get(status, "INVALID_ARGUMENT"))
 
 
 async def on_splitserve_error(request: Request, error: Exception) -> Response:
@@ -50,8 +62,7 @@ async def on_splitserve_error(request: Request, error: Exception) -> Response:
 async def on_http_exception(request: Request, error: Exception) -> Response:
     """The response to what is wrong before any body is read: path, method, size."""
     assert isinstance(error, HTTPException)
-    body = _object(error.status_code, error.detail, None, NAMES.get(error.status_code, "INVALID_ARGUMENT"))
-    return json_response(body, error.status_code, dict(error.headers or {}))
+    return json_response(refusal(error.status_code, error.detail), error.status_code, dict(error.headers or {}))
 
 
 async def on_fault(request: Request, error: Exception) -> Response:

@@ -12,17 +12,18 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from splitserve.cluster.errors import StartupError
+from splitserve.router.http_protocol import bounded
 
 GRACE_S = 1
 
 
 class HttpServer:
-    """Serves `app` at `address`, host:port, over TLS where there is a `context` for it."""
+    """Serves `app` at `address`, host:port, to so many connections, over TLS where there is a `context` for it."""
 
-    def __init__(self, app: ASGIApp, address: str, context: ssl.SSLContext | None = None) -> None:
+    def __init__(self, app: ASGIApp, address: str, max_connections: int, context: ssl.SSLContext | None = None) -> None:
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=bounded(max_connections),
             ws="none",
             lifespan="off",
             log_config=None,

@@ -34,6 +34,10 @@ HEALTH_PERIOD_S = 0.2
 GRACE_S = 1.0
 SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+    ("grpc.max_metadata_size", 16 * 1024),
+    ("grpc.absolute_max_metadata_size", 32 * 1024),
+    ("grpc.max_concurrent_streams", 1024),  # of one connection
+    ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.so_reuseport", 0),  # a port in use must be an error, not shared
     ("grpc.keepalive_time_ms", 30_000),  # notices clients that vanished
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -69,7 +73,7 @@ class RouterService:
         if self.http_address is not None:
             app = HttpApi(validator, self.dispatcher, tenants, deadline_s, topology.roles).app()
             context = None if self._certificates is None else self._certificates.ssl_context()
-            self._http = HttpServer(app, self.http_address, context)
+            self._http = HttpServer(app, self.http_address, topology.router.max_connections, context)
         self._health = health.aio.HealthServicer()
 
     async def start(self) -> str:
