@@ -113,15 +113,13 @@ def test_a_slow_head_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
         began = time.monotonic()
         late = (408, "the request was not whole within 0.6 s")
         whole = HEALTH + b"\r\n"
-        assert (
-            await asyncio.gather(
-                drip(),
-                drip(*[HEALTH[at : at + 1] for at in range(3)]),
-                drip(whole, *[HEALTH[at : at + 1] for at in range(3)]),
-                drip(whole, *[b"\r\n"] * 3),
-            )
-            == [late] * 4
+        slow = (
+            drip(),
+            drip(*[HEALTH[at : at + 1] for at in range(3)]),
+            drip(whole, *[HEALTH[at : at + 1] for at in range(3)]),
+            drip(whole, *[b"\r\n"] * 3),
         )
+        assert set(await asyncio.gather(*slow)) == {late}
         assert time.monotonic() - began < 4.5, "before the time that uvicorn keeps connections alive"
 
     run(scenario)
