@@ -137,7 +137,7 @@ def _account(unit: UnitStatus) -> str:
     """Why a unit did not start, with its last words."""
     worker = unit.reason.partition(":")[0]
     words = "\n".join(f"    {render(line)}" for line in logs(worker, SHOWN_LOG_LINES))
-    return f"{unit.reason}\nlast lines of the log of {worker}:\n{words}"
+    return f"{unit.reason}\nlast lines of the log of {worker}:\n{words}" if words else unit.reason
 
 
 def _ask(method: str, *arguments: object) -> Any:

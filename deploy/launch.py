@@ -23,6 +23,7 @@ from splitserve.deploy.cluster_state import ClusterFolder, ClusterState
 from splitserve.deploy.local_ray import StartedRay, start_local_ray, stop_local_ray
 from splitserve.deploy.plan import Plan
 from splitserve.deploy.preflight import (
+    check_address,
     check_host,
     check_ports,
     check_resources,
@@ -34,6 +35,7 @@ from splitserve.deploy.progress import StatusView
 from splitserve.deploy.ray_environment import prepare_ray
 
 NODES_POLL_S = 0.5
+WATCH_S, MISSES = 1.0, 3  # how often `await_end` looks, and how often in a row its Ray does not answer
 LOGICAL_CPUS = (
     100_000  # of a Ray of our own: threads share the host's cores as the topology says, also of workers to come
 )
@@ -78,6 +80,18 @@ def launch(file: TopologyFile, address: str | None, view: StatusView, wait_s: fl
         except BaseException:
             stop_local_ray(folder, started.ray)
             raise
+
+
+def await_end(state: ClusterState) -> None:
+    """Return when the cluster has been ended, or its Ray is gone."""
+    folder, missed = ClusterFolder(state.name), 0
+    while missed < MISSES and folder.live() is not None:
+        time.sleep(WATCH_S)
+        try:
+            check_address(state.address)
+            missed = 0
+        except StartupError:
+            missed += 1
 
 
 def stop(state: ClusterState) -> None:

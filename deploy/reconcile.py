@@ -64,7 +64,7 @@ class UnitView:
     `draining`: what it was told, None where that is not known. `spent`: it has drained, or had its time to. `stopping`
     and `stopped`: it was told to end, and has.
 
-    `wanted`: it is to run; `outdated`: not as it does; `new_role`: but for its role.
+    `wanted`: it is to run; `outdated`: not as it does; `new_role`: but for its role. `tied`: few nodes may have it.
     """
 
     running: bool = False
@@ -79,6 +79,7 @@ class UnitView:
     wanted: bool = True
     outdated: bool = False
     new_role: Role | None = None
+    tied: bool = False
 
     @property
     def is_ready(self) -> bool:
@@ -151,12 +152,18 @@ def reconcile(observed: Mapping[str, UnitView], now: float) -> list[Action]:
         ),
         *(_departure(name, view) for name, view in living.items() if name in leaving and _may_depart(view)),
         *(Remove(name) for name, view in living.items() if view.stopped),
-        *(
-            Start(name)
-            for name, view in observed.items()
-            if view.wanted and not view.running and now >= view.deaths.retry_at
-        ),
+        *(Start(name) for name in _due(observed, now)),
     ]
+
+
+def _due(observed: Mapping[str, UnitView], now: float) -> list[str]:
+    """Units to start, first those that could have no other place if these took it."""
+    due = {
+        name: view
+        for name, view in observed.items()
+        if view.wanted and not view.running and now >= view.deaths.retry_at
+    }
+    return sorted(due, key=lambda name: not due[name].tied)
 
 
 def members(observed: Mapping[str, UnitView]) -> tuple[Member, ...]:

@@ -16,6 +16,7 @@ from ray.util.placement_group import (
     PlacementGroup,
     get_placement_group,
     placement_group,
+    placement_group_table,
     remove_placement_group,
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -26,6 +27,7 @@ from splitserve.cluster.topology import Topology
 from splitserve.cluster.topology_sections import Role
 from splitserve.deploy.actors import STOP_S, RankActor, Report, RouterActor
 from splitserve.deploy.cluster_spec import ClusterSpec
+from splitserve.deploy.preflight import REMEDY
 from splitserve.deploy.reconcile import Deaths, UnitView
 from splitserve.deploy.status import UnitState, UnitStatus, WorkerStatus
 from splitserve.deploy.units import RankPlace, Unit
@@ -33,6 +35,7 @@ from splitserve.deploy.units import RankPlace, Unit
 # How much of a node's custom resource a worker takes: enough to be placed there, too little to fill it.
 SLIVER = 0.001
 CALLS_AT_ONCE = 4
+PLACE_S = 30.0  # Ray places what has room within a second, and waits without limit for what has none
 # Rounds that an idle OpenMP thread spins before it sleeps, some 10 microseconds. By default it spins on and on, which
 # takes the cores from other processes: two ranks of 2 threads each on 2 cores then run 10 to 100 times slower.
 BRIEF_SPIN = "1000"
@@ -62,6 +65,7 @@ class RunningUnit:
         self._actors = actors
         self._told: tuple[Member, ...] = ()
         self._watches: dict[ray.ObjectRef[Report], str] = {}
+        self._places_by = started_at + PLACE_S
         for name in actors:
             self._watch(name, None)
 
@@ -84,6 +88,14 @@ class RunningUnit:
             self._die(name, report.failure)
         else:
             self._watch(name, report)
+
+    def note_placement(self, now: float) -> None:
+        """Give it up where no node has had room for it for PLACE_S."""
+        if self.reports or now < self._places_by:
+            return
+        group = get_placement_group(self.unit.name)
+        if placement_group_table(group)["state"] in ("PENDING", "RESCHEDULING"):
+            self._die(self.unit.workers[0], f"no node has room for {_describe(group.bundle_specs)}; {REMEDY}")
 
     def _watch(self, name: str, seen: Report | None) -> None:
         self._watches[self._actors[name].watch.remote(seen)] = name
@@ -213,6 +225,11 @@ def _start_ranks(spec: ClusterSpec, unit: Unit, actors: Mapping[str, Actor], inc
             group_address = answer
 
 
+def is_tied(topology: Topology, unit: Unit) -> bool:
+    """Whether only nodes that carry a custom resource may have it."""
+    return bool(_actor_resources(_resources(topology, unit))["resources"])
+
+
 def find_actors(unit: Unit) -> dict[str, Actor]:
     """The unit's actors that live, by name."""
     return {name: actor for name in unit.workers if (actor := _find_actor(name)) is not None}
@@ -258,6 +275,13 @@ def _actor_resources(resources: Mapping[str, float]) -> dict[str, Any]:
     """The same in the words of actor options."""
     custom = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
     return {"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0.0), "resources": custom}
+
+
+def _describe(bundles: list[dict[str, float]]) -> str:
+    """What a placement group asks of one node, or of several."""
+    asked = ", ".join(f"{amount:g} {name}" for name, amount in sorted(bundles[0].items()) if amount != SLIVER)
+    custom = "".join(f" where there is {name!r}" for name, amount in bundles[0].items() if amount == SLIVER)
+    return (f"{len(bundles)} x {asked}" if len(bundles) > 1 else asked) + custom
 
 
 def environment(topology: Topology, unit: Unit, host_cpus: int) -> dict[str, str]:

@@ -42,7 +42,7 @@ from splitserve.deploy.reconcile import (
     members,
     reconcile,
 )
-from splitserve.deploy.running_unit import RunningUnit, find_actors, release_placement, start_unit
+from splitserve.deploy.running_unit import RunningUnit, find_actors, is_tied, release_placement, start_unit
 from splitserve.deploy.status import ClusterStatus, UnitState, UnitStatus
 from splitserve.deploy.units import Unit, spec_digest
 
@@ -117,6 +117,8 @@ class Supervisor:
                     self._carry_out(desired, action)
                 self._publish(desired)
                 self._listen()
+                for running in self._running.values():
+                    running.note_placement(time.monotonic())
         except Exception:
             logger.exception("the supervisor fails; Ray starts it again")
             os._exit(1)
@@ -165,7 +167,8 @@ class Supervisor:
         """`unit` is what is wanted of it, None if it is not to run."""
         deaths, running = self._deaths[name], self._running.get(name)
         if running is None:
-            return UnitView(deaths=deaths, wanted=unit is not None)
+            tied = unit is not None and is_tied(desired.topology, unit)
+            return UnitView(deaths=deaths, wanted=unit is not None, tied=tied)
         view = running.view(deaths, desired.deadlines.get(name))
         if unit is None or running.digest in (None, _digest(desired, unit)):
             return replace(view, wanted=unit is not None)

@@ -6,20 +6,19 @@ import argparse
 import json
 import os
 import sys
-import threading
 import time
 from dataclasses import asdict
 
 from rich.console import Console
 
-from splitserve.cluster.errors import NotFound
+from splitserve.cluster.errors import NotFound, WorkerUnavailable
 from splitserve.cluster.log import log_path, merge, render, tail
 from splitserve.cluster.topology_file import TopologyFile, load_topology_file
 from splitserve.deploy.change import is_as, roll
 from splitserve.deploy.cluster_state import ClusterFolder, ClusterState, find_cluster, write_atomically
 from splitserve.deploy.commands.connection import add_deadline
 from splitserve.deploy.default_topology import default_topology
-from splitserve.deploy.launch import launch, stop
+from splitserve.deploy.launch import await_end, launch, stop
 from splitserve.deploy.preflight import count_gpus
 from splitserve.deploy.progress import make_view
 from splitserve.deploy.ray_environment import prepare_ray
@@ -76,7 +75,8 @@ def up(arguments: argparse.Namespace) -> int:
     if arguments.foreground:
         try:
             print("Ctrl-C ends it", flush=True)
-            threading.Event().wait()
+            await_end(cluster.state)
+            raise WorkerUnavailable(f"cluster {name} has ended, or its Ray has")
         finally:
             stop(cluster.state)
     cluster.keep()

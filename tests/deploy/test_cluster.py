@@ -190,3 +190,21 @@ def test_an_interrupted_up_leaves_nothing(tmp_path: Path, tiny_model: Path, afte
     assert ClusterFolder(name_in(topology)).read() is None
     if state is not None:
         assert left_behind(state) == []
+
+
+@pytest.mark.parametrize("victim", ["owner", "gcs_server"])
+def test_up_in_the_foreground_ends_when_its_ray_does(tmp_path: Path, tiny_model: Path, victim: str) -> None:
+    topology = write_topology(tmp_path, tiny_model)
+    process = start_command("up", topology, "--foreground")
+    assert process.stdout is not None
+    while "Ctrl-C ends it" not in (line := process.stdout.readline()):
+        assert line, "up ended"
+    state = state_of(name_in(topology))
+    assert state.ray is not None
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in session_members(state.ray.owner)}
+    store = next(pid for pid, command in commands.items() if b"gcs/gcs_server" in command.partition(b"\0")[0])
+    os.kill(store if victim == "gcs_server" else state.ray.owner.pid, signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"cluster {state.name} has ended, or its Ray has" in error
+    assert left_behind(state) == []

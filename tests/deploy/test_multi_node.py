@@ -96,6 +96,25 @@ def test_what_ray_does_not_have_is_told_at_once(tmp_path: Path, tiny_model: Path
     assert "router.node_resource: no node of this Ray carries 'gold'" in result.stderr
 
 
+def test_what_no_node_has_room_for_is_told(tmp_path: Path, tiny_model: Path, ray_address: str) -> None:
+    """Nodes of two CPUs have three together, and Ray would wait for one that has them."""
+    topology = write_topology(tmp_path, tiny_model, prefill="threads: 3", decode="threads: 1")
+    topology.write_text(topology.read_text() + "security: {bind: node}\n")
+    result = run_command("up", topology, "--address", ray_address)
+    assert result.returncode == 1
+    assert "prefill/0/0: no node has room for 3 CPU; add hosts, or ask for fewer ranks or threads" in result.stderr
+    assert ClusterFolder(topology.read_text().split()[1]).read() is None
+
+
+def test_whoever_has_one_node_only_is_placed_first(tmp_path: Path, tiny_model: Path, ray_address: str) -> None:
+    """Of six CPUs in all, a pool without `node_resource` must leave the router's."""
+    sections = {"router": "node_resource: router_node, ", "prefill": "replicas: 4", "decode": "replicas: 1"}
+    topology = write_topology(tmp_path, tiny_model, **sections)
+    topology.write_text(topology.read_text() + "security: {bind: node}\n")
+    succeed("up", topology, "--address", ray_address, timeout_s=180)
+    succeed("down", topology.read_text().split()[1])
+
+
 def ask(endpoint: str) -> tuple[int, ...]:
     with Client(endpoint) as client:
         return client.generate(PROMPT, max_tokens=16, ignore_eos=True, timeout_s=60).result().samples[0].token_ids

@@ -42,6 +42,11 @@ def test_everything_absent_is_started() -> None:
     assert reconcile({"decode/0/0": ABSENT, "router/0": ABSENT}, 0.0) == [Start("decode/0/0"), Start("router/0")]
 
 
+def test_those_that_few_nodes_may_have_start_first() -> None:
+    tied = replace(ABSENT, tied=True)
+    assert reconcile({"decode/0/0": ABSENT, "router/0": tied}, 0.0) == [Start("router/0"), Start("decode/0/0")]
+
+
 def test_a_settled_cluster_is_left_alone() -> None:
     engine = ready("decode/0/0")
     router = UnitView(running=True, told=(member("decode/0/0"),))
