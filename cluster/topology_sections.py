@@ -64,6 +64,13 @@ class Model(Section):
         default=False,
         description="on GPUs, the same bits in any slot, batch, capacity and packing, at a price; CPUs always do that",
     )
+    tool_parser: Literal["auto", "none", "hermes", "llama3", "deepseek"] = Field(
+        default="auto", description="form in which the model calls tools; auto: the one that its chat template shows"
+    )
+    reasoning_parser: Literal["auto", "none", "think"] = Field(
+        default="auto",
+        description="form of reasoning before an answer; auto: think where the chat template has </think>",
+    )
     load_format: Literal["auto", "dummy"] = Field(
         default="auto", description="auto reads the weights; dummy makes random ones and needs only the config"
     )

@@ -24,7 +24,7 @@ MAX_EXPONENT = 1024
 DEADLINE = "_deadline"  # a variable of the template's, in which what is called finds it
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-Conversation = Sequence[Mapping[str, str]]
+Conversation = Sequence[Mapping[str, Any]]  # role and content are texts
 
 
 class ChatTemplate:
@@ -35,6 +35,7 @@ class ChatTemplate:
             self._template = _Environment().from_string(source)
         except Exception as error:  # what compiling an odd program may raise has no common base
             raise ModelLoadError(f"chat template: not a jinja2 template: {error}") from error
+        self.source = source
         self._tokens = dict(tokens)
 
     @classmethod
@@ -60,7 +61,7 @@ class ChatTemplate:
                     raise ModelLoadError(f"{folder}: {name}: found {other!r:.80}; expected a string, or its content")
         return cls(source, tokens)
 
-    def render(self, messages: Conversation) -> str:
+    def render(self, messages: Conversation, tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The conversation as the model expects it, the assistant's turn opened.
 
         Raises InvalidRequest if the template refuses it (as many do when roles do not alternate), or if it outgrows
@@ -70,7 +71,7 @@ class ChatTemplate:
         try:
             for piece in self._template.generate(
                 messages=[dict(message) for message in messages],
-                tools=None,
+                tools=list(tools) or None,
                 documents=None,
                 add_generation_prompt=True,
                 **{DEADLINE: started + MAX_RENDER_S},

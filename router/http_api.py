@@ -95,7 +95,7 @@ class HttpApi:
         return await self._answer(request, call, ChatAnswer)
 
     async def _answer(self, request: Request, call: Call, answer_type: type[Answer]) -> Response:
-        answer = answer_type(call, self._validator.model, self._validator.tokenizer)
+        answer = answer_type(call, self._validator)
         serve = partial(self._serve, call, request.state.tenant, self._deadline_s(request), request.receive)
         if call.stream:
             return EventStream(partial(_stream, answer, serve))

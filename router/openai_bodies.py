@@ -19,8 +19,6 @@ HARMLESS |= {"prompt_cache_key", "prompt_cache_retention"}
 # Accepted with these values, which ask for what is done anyway.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
     "skip_special_tokens": (True,),
@@ -112,6 +110,8 @@ class ChatBody(_Body):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
+    tools: Any = None
+    tool_choice: Any = None
 
 
 class TokenizeBody(_Model):

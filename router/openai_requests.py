@@ -11,10 +11,14 @@ from splitserve.cluster.sampling import SamplingParams
 from splitserve.router.chat_template import Conversation
 from splitserve.router.openai_bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse, text_of
 from splitserve.router.openai_constraints import constraint_of
+from splitserve.router.openai_tools import calls_of, tools_of
+from splitserve.router.parsers.families import Family
 from splitserve.router.validate import Validator
 
 COMPLETION_TOKENS = 16  # OpenAI's default where a completion names no max_tokens
 MAX_PROMPTS = 256  # of one request
+# What an assistant thought on earlier turns is not told to it again.
+MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Call:
-    """A checked call: its prompts are answered side by side. `answered` is False where only the echo is wanted."""
+    """A checked call: its prompts are answered side by side. `answered` is False where only the echo is wanted.
+
+    Of a chat, `reasons` says whether its answers have a part of reasoning, `may_call` whether they may call tools.
+    """
 
     prompts: list[Prompt]
     stream: bool
@@ -36,6 +43,8 @@ class Call:
     priority: int
     echo: bool = False
     answered: bool = True
+    reasons: bool = False
+    may_call: bool = False
 
 
 async def completion(raw: dict[str, Any], validator: Validator) -> Call:
@@ -68,12 +77,23 @@ async def chat(raw: dict[str, Any], validator: Validator) -> Call:
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs", body.top_logprobs, "give it with logprobs: true only")
     params = body.sampling_params((body.top_logprobs or 0) if body.logprobs else None)
-    params = await validator.constrain(params, constraint_of(body.response_format, body.structured_outputs))
+    tools = tools_of(body.tools, body.tool_choice, validator.family)
+    constraint = constraint_of(body.response_format, body.structured_outputs)
+    if tools.constraint and constraint:
+        raise InvalidRequest("tool_choice", body.tool_choice, "give it or a form of the answer, not both")
+    params = await validator.constrain(params, tools.constraint or constraint)
     if body.max_completion_tokens is not None:
         params = replace(params, max_tokens=body.max_completion_tokens)
-    token_ids = await validator.encode_chat(_conversation(body.messages))
+    token_ids = await validator.encode_chat(_conversation(body.messages, validator.family), tools.offered)
     validator.check_params(token_ids, params)
-    return Call([Prompt(token_ids, params)], body.stream, body.include_usage, body.priority)
+    return Call(
+        [Prompt(token_ids, params)],
+        body.stream,
+        body.include_usage,
+        body.priority,
+        reasons=validator.family.reasons and params.grammar is None,
+        may_call=bool(tools.offered),
+    )
 
 
 async def tokenize(raw: dict[str, Any], validator: Validator) -> list[int]:
@@ -83,7 +103,7 @@ async def tokenize(raw: dict[str, Any], validator: Validator) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("prompt", body.prompt, "give prompt or messages")
     if body.messages is not None:
-        return await validator.encode_chat(_conversation(body.messages))
+        return await validator.encode_chat(_conversation(body.messages, validator.family))
     return await validator.encode("prompt", text_of("prompt", body.prompt))
 
 
@@ -114,23 +134,29 @@ def _ids(field: str, ids: Any) -> Sequence[int]:
     return ids
 
 
-def _conversation(messages: list[Any]) -> Conversation:
-    return [_message(f"messages[{index}]", message) for index, message in enumerate(messages)]
+def _conversation(messages: list[Any], family: Family) -> Conversation:
+    return [_message(f"messages[{index}]", message, family) for index, message in enumerate(messages)]
 
 
-def _message(field: str, message: Any) -> dict[str, str]:
+def _message(field: str, message: Any, family: Family) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise InvalidRequest(field, message, "give an object with role and content")
     for name, value in message.items():
-        if name not in ("role", "content", "name") and value not in (None, []):
+        if name not in MESSAGE_FIELDS and value not in (None, []):
             raise InvalidRequest(f"{field}.{name}", value, "this cluster does not support it yet; leave it out")
     role = text_of(f"{field}.role", message.get("role"))
-    if role in ("tool", "function"):
-        raise InvalidRequest(f"{field}.role", role, "this cluster does not support tools yet")
-    content = message.get("content")
+    more: dict[str, Any] = {}
+    if message.get("tool_calls"):
+        if role != "assistant":
+            raise InvalidRequest(f"{field}.tool_calls", message["tool_calls"], "only an assistant calls tools")
+        more["tool_calls"] = calls_of(f"{field}.tool_calls", message["tool_calls"], family)
+    if role == "tool":
+        more["tool_call_id"] = text_of(f"{field}.tool_call_id", message.get("tool_call_id") or "")
+    content = message.get("content") or ("" if "tool_calls" in more else message.get("content"))
     if isinstance(content, list):
         content = "".join(_part(f"{field}.content[{index}]", part) for index, part in enumerate(content))
-    return {"role": "system" if role == "developer" else role, "content": text_of(f"{field}.content", content)}
+    role = "system" if role == "developer" else role
+    return {"role": role, "content": text_of(f"{field}.content", content), **more}
 
 
 def _part(field: str, part: Any) -> str:

@@ -14,8 +14,10 @@ from splitserve.cluster.messages import TokenLogprobs
 from splitserve.router.detokenizer import Detokenizer
 from splitserve.router.openai_requests import Call
 from splitserve.router.output_buffer import Delta
+from splitserve.router.parsers.message import MessageParser
+from splitserve.router.parsers.pieces import ToolCall
 from splitserve.router.request import Chunk, Summary
-from splitserve.router.tokenizer import Tokenizer
+from splitserve.router.validate import Validator
 
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
 DONE = b"data: [DONE]\n\n"
@@ -30,11 +32,16 @@ class _Part:
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
     is_first: bool
+    reasoning: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    calls_before: int = 0
 
     def add(self, later: _Part) -> None:
         self.text += later.text
+        self.reasoning += later.reasoning
+        self.calls += later.calls
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
         self.finish_reason = later.finish_reason
@@ -47,10 +54,10 @@ class Answer(ABC):
     chunk_name: str
     id_prefix: str
 
-    def __init__(self, call: Call, model: str, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, call: Call, validator: Validator) -> None:
+        self.tokenizer = validator.tokenizer
         self._call = call
-        self._model = model
+        self._model = validator.model
         self._created = int(time.time())
         self._id = ""
         self._parts: dict[int, _Part] = {}
@@ -75,7 +82,7 @@ class Answer(ABC):
         return b"".join(
             event({**self._head(self.chunk_name), "choices": [self.chunk_choice(index, part)], **usage})
             for index, part in self._new_parts(prompt, chunk)
-            if part.text or part.logprobs or part.finish_reason
+            if part.text or part.logprobs or part.finish_reason or part.reasoning or part.calls
         )
 
     def last_events(self, summaries: Sequence[Summary]) -> bytes:
@@ -131,9 +138,9 @@ class CompletionAnswer(Answer):
     object_name = chunk_name = "text_completion"
     id_prefix = "cmpl-"
 
-    def __init__(self, call: Call, model: str, tokenizer: Tokenizer) -> None:
-        super().__init__(call, model, tokenizer)
-        self._offsets: dict[int, _TextOffsets] = defaultdict(lambda: _TextOffsets(tokenizer.detokenizer()))
+    def __init__(self, call: Call, validator: Validator) -> None:
+        super().__init__(call, validator)
+        self._offsets: dict[int, _TextOffsets] = defaultdict(lambda: _TextOffsets(self.tokenizer.detokenizer()))
 
     def choice(self, index: int, part: _Part) -> Json:
         logprobs = self._logprobs(index, part) if part.logprobs else None
@@ -168,13 +175,53 @@ class ChatAnswer(Answer):
     chunk_name = "chat.completion.chunk"
     id_prefix = "chatcmpl-"
 
+    def __init__(self, call: Call, validator: Validator) -> None:
+        super().__init__(call, validator)
+        inside = call.reasons and self.tokenizer.decode(call.prompts[0].token_ids[-4:]).rstrip().endswith("<think>")
+        self._parsers: dict[int, MessageParser] = defaultdict(
+            lambda: MessageParser(validator.family, reasons=call.reasons, inside=inside, may_call=call.may_call)
+        )
+
     def choice(self, index: int, part: _Part) -> Json:
-        message = {"role": "assistant", "content": part.text, "refusal": None}
+        message: Json = {"role": "assistant", "content": part.text, "refusal": None}
+        if part.reasoning:
+            message["reasoning_content"] = part.reasoning
+        if part.calls:
+            message["content"] = part.text or None
+            message["tool_calls"] = self._calls(index, part)
         return {"index": index, "message": message, **self._rest(part)}
 
     def chunk_choice(self, index: int, part: _Part) -> Json:
-        role = {"role": "assistant"} if part.is_first else {}
-        return {"index": index, "delta": {**role, "content": part.text}, **self._rest(part)}
+        delta: Json = {"role": "assistant"} if part.is_first else {}
+        if part.reasoning:
+            delta["reasoning_content"] = part.reasoning
+        if part.calls:
+            numbered = enumerate(self._calls(index, part), part.calls_before)
+            delta["tool_calls"] = [{"index": number, **call} for number, call in numbered]
+        if part.text or not (part.reasoning or part.calls):
+            delta["content"] = part.text
+        return {"index": index, "delta": delta, **self._rest(part)}
+
+    def _part(self, prompt: int, first_index: int, delta: Delta, chunk: Chunk) -> _Part:
+        part = super()._part(prompt, first_index, delta, chunk)
+        if not (self._call.reasons or self._call.may_call):
+            return part
+        parser = self._parsers[first_index + delta.index]
+        part.calls_before = parser.calls
+        part.reasoning, part.text, part.calls = parser.push(part.text, last=part.finish_reason is not None)
+        if part.finish_reason == "stop" and parser.calls:
+            part.finish_reason = "tool_calls"
+        return part
+
+    def _calls(self, index: int, part: _Part) -> list[Json]:
+        return [
+            {
+                "id": f"call-{self._id}-{index}-{number}",
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for number, call in enumerate(part.calls, part.calls_before)
+        ]
 
     def _rest(self, part: _Part) -> Json:
         content = [

@@ -25,6 +25,7 @@ from splitserve.router.engines import Engine
 from splitserve.router.grpc_server import SERVICE, SplitServe
 from splitserve.router.http_api import HttpApi
 from splitserve.router.http_server import HttpServer
+from splitserve.router.parsers.families import Family
 from splitserve.router.tenants import Tenants
 from splitserve.router.tokenizer import Tokenizer
 from splitserve.router.v1 import splitserve_pb2 as pb
@@ -62,7 +63,8 @@ class RouterService:
         tokenizer = Tokenizer.load(model_folder)
         identity = f"router-{index}-{secrets.token_hex(4)}"
         self._grammars = GrammarChecker(model_folder, tokenizer.vocab_size)
-        validator = Validator(topology.model.served_name, tokenizer, self._grammars, topology.model.context)
+        model, family = topology.model, Family.of(topology.model, tokenizer.chat_template)
+        validator = Validator(model.served_name, tokenizer, self._grammars, family, model.context)
         self.dispatcher = Dispatcher(identity, topology.router, topology.worker_timeout_s, keys, tokenizer.detokenizer)
         self.dispatcher.metrics.describe(version=__version__, cluster=topology.name, model=topology.model.served_name)
         deadline_s, tenants = topology.router.default_deadline_s, Tenants(topology.security.api_keys)

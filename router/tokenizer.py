@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +46,21 @@ class Tokenizer:
             )
         return cls(fast, ChatTemplate.load(folder, settings), vocab_size)
 
+    @property
+    def chat_template(self) -> str:
+        """The template's source; nothing where there is none."""
+        return self._template.source if self._template else ""
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain prompt, with what the tokenizer itself adds (BOS, for some models)."""
         return self._fast.encode(text).ids
 
-    def encode_chat(self, messages: Conversation) -> list[int]:
+    def encode_chat(self, messages: Conversation, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer. Raises InvalidRequest."""
         if self._template is None:
             raise InvalidRequest("messages", "a model without a chat template", "use Generate with a plain prompt")
         # The template writes BOS and all other special tokens itself.
-        return self._fast.encode(self._template.render(messages), add_special_tokens=False).ids
+        return self._fast.encode(self._template.render(messages, tools), add_special_tokens=False).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of `token_ids`, special tokens left out. Raises InvalidRequest for ids outside the vocabulary."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from splitserve.cluster.errors import InvalidRequest, NotFound
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.router.chat_template import Conversation
 from splitserve.router.constraint import Constraint, GrammarChecker
 from splitserve.router.output_buffer import Answered
+from splitserve.router.parsers.families import Family
 from splitserve.router.tokenizer import Tokenizer
 
 SHORT_TEXT = 8192  # characters; longer texts are tokenised in a thread, so that other requests go on
@@ -20,12 +23,18 @@ T = TypeVar("T")
 
 
 class Validator:
-    """Checks requests against one model: its served name, tokenizer, grammars, and context in tokens."""
+    """Checks requests against one model: its served name, tokenizer, grammars, and context in tokens.
 
-    def __init__(self, model: str, tokenizer: Tokenizer, grammars: GrammarChecker, context: int) -> None:
+    `family` says in what form it calls tools and reasons.
+    """
+
+    def __init__(
+        self, model: str, tokenizer: Tokenizer, grammars: GrammarChecker, family: Family, context: int
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.grammars = grammars
+        self.family = family
         self.context = context
 
     def check_model(self, name: str) -> None:
@@ -44,8 +53,8 @@ class Validator:
         self._check_length(field, len(prompt))
         return await _off_loop_if_long(self.tokenizer.encode, prompt, len(prompt))
 
-    async def encode_chat(self, messages: Conversation) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's answer."""
+    async def encode_chat(self, messages: Conversation, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's answer, who may call `tools`."""
         if not messages:
             raise InvalidRequest("messages", [], "give at least one message")
         length = sum(len(message["role"]) + len(message["content"]) for message in messages)
@@ -53,7 +62,9 @@ class Validator:
         for index, message in enumerate(messages):
             if not message["role"]:
                 raise InvalidRequest(f"messages[{index}].role", "", "give a role, such as user")
-        return await _off_loop_if_long(self.tokenizer.encode_chat, messages, length)
+        length += len(json.dumps([*tools, *(message.get("tool_calls", ()) for message in messages)]))
+        self._check_length("tools", length)
+        return await _off_loop_if_long(partial(self.tokenizer.encode_chat, tools=tools), messages, length)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""

@@ -68,24 +68,21 @@ def test_same_answers_as_step_by_step(tiny_model: Path, expected: dict[str, Answ
                 assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
 
 
-CONSTRAINED = replace(SAMPLED, ignore_eos=False, max_tokens=20, n=2, grammar=LLMatcher.grammar_from_regex("[a-f]{4}!"))
-
-
-@pytest.mark.parametrize("pages", [256, 10], ids=["room", "preemption"])
-def test_constrained_answers_are_those_of_steps_one_by_one(tiny_model: Path, pages: int) -> None:
-    """Beside others that are not, and that go on as ever."""
-    found = {}
-    for settings in (SETTINGS, replace(GRAPHS, split=False, pages=pages)):
+def test_constrained_answers_are_those_of_steps_one_by_one(tiny_model: Path) -> None:
+    """Beside another that is not constrained."""
+    regex = LLMatcher.grammar_from_regex("[a-f]{3}!?")
+    asked = (replace(SAMPLED, ignore_eos=False, grammar=regex), replace(GREEDY, max_tokens=3))
+    found = []
+    for settings in (SETTINGS, replace(GRAPHS, split=False, capacities=(2,), slots=2)):
         cluster = InProcessCluster(tiny_model, settings)
-        for index, params in enumerate((CONSTRAINED, SAMPLED, replace(CONSTRAINED, temperature=0.0, n=1))):
-            cluster.ask(str(index), prompt(13 + 9 * index, index), params)
-        answers = cluster.run()
-        found[settings] = {name: (answer.tokens, answer.reasons) for name, answer in answers.items()}
+        for index, params in enumerate(asked):
+            cluster.ask(str(index), prompt(13, index), params)
+        answers = cluster.run(timeout_s=240)
+        found.append({name: (answer.tokens, answer.reasons) for name, answer in answers.items()})
         cluster.settle()
         assert cluster.free_pages() == [settings.pages] * len(cluster.blocks)
-    ours, theirs = found.values()
-    assert ours == theirs
-    assert ours["0"][1] == {0: "stop", 1: "stop"}
+    assert found[0] == found[1]
+    assert found[0]["0"][1] == {0: "stop"}
 
 
 def test_stop_ids_and_min_tokens(tiny_model: Path, expected: dict[str, Answer]) -> None:

@@ -46,12 +46,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def topology(*, colocated: bool = False, security: dict[str, Any] | None = None, **router: Any) -> Topology:
-    """A topology with these router settings."""
+def topology(
+    *,
+    colocated: bool = False,
+    model: dict[str, Any] | None = None,
+    security: dict[str, Any] | None = None,
+    **router: Any,
+) -> Topology:
+    """A topology with these settings of the model, of security and of the router."""
     return Topology.model_validate(
         {
             "name": "test",
-            "model": {"path": "anywhere", "name": MODEL, "context": CONTEXT},
+            "model": {"path": "anywhere", "name": MODEL, "context": CONTEXT, **(model or {})},
             "colocated": colocated,
             "security": security or {},
             "router": {"grpc": f"127.0.0.1:{free_port()}", "http": f"127.0.0.1:{free_port()}", **router},
