@@ -105,6 +105,12 @@ class Client:
                 self._stub.Status(pb.StatusRequest(), metadata=self._metadata, timeout=timeout_s)
             )
 
+    def trace(self, request_id: str = "", *, timeout_s: float | None = None) -> str:
+        """Where the time of a request that is over went, or of all lately: JSON for ui.perfetto.dev."""
+        request = pb.TraceRequest(request_id=request_id)
+        with wire.client_errors():
+            return self._stub.Trace(request, timeout=timeout_s).chrome_trace
+
     def healthy(self, *, timeout_s: float | None = None) -> bool:
         """Whether a request could be placed now, by gRPC's health protocol."""
         request = health_pb2.HealthCheckRequest()

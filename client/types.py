@@ -141,7 +141,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Engine:
-    """One engine as the router sees it; `last_seen_s` is the age of its last answer in seconds."""
+    """One engine as the router sees it; `last_seen_s` is the age of its last answer in seconds.
+
+    Tokens and steps count since its incarnation started: prompt tokens looked up in its prefix cache, those found
+    there, those computed, and tokens of answers.
+    """
 
     name: str
     role: str
@@ -153,11 +157,25 @@ class Engine:
     total_kv_tokens: int
     preemptions: int
     last_seen_s: float
+    slots: int
+    queried_tokens: int
+    cached_tokens: int
+    prompt_tokens: int
+    output_tokens: int
+    decode_steps: int
+
+
+@dataclass(frozen=True)
+class Latency:
+    """In seconds."""
+
+    p50_s: float
+    p99_s: float
 
 
 @dataclass(frozen=True)
 class ClusterStatus:
-    """The cluster as one router sees it."""
+    """The cluster as one router sees it. Latencies are those of the requests that it answered within a minute."""
 
     cluster: str
     version: str
@@ -166,3 +184,6 @@ class ClusterStatus:
     active_requests: int
     queued_requests: int
     uptime_s: float
+    recent_requests: int
+    ttft: Latency
+    tpot: Latency

@@ -18,6 +18,7 @@ from splitserve.client.types import (
     Delta,
     Engine,
     FinishReason,
+    Latency,
     Model,
     Sample,
     Sampling,
@@ -151,7 +152,8 @@ def models(response: pb.ListModelsResponse) -> list[Model]:
 def cluster_status(response: pb.StatusResponse) -> ClusterStatus:
     """The answer to Status."""
     plain = {field.name: getattr(response, field.name) for field in pb.StatusResponse.DESCRIPTOR.fields}
-    return ClusterStatus(**plain | {"engines": tuple(map(_engine, response.engines))})
+    latencies = {name: Latency(plain[name].p50_s, plain[name].p99_s) for name in ("ttft", "tpot")}
+    return ClusterStatus(**plain | latencies | {"engines": tuple(map(_engine, response.engines))})
 
 
 class Gatherer:

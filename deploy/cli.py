@@ -13,7 +13,7 @@ from splitserve import __version__
 from splitserve.client import SplitserveClientError
 from splitserve.cluster.errors import SplitserveError
 from splitserve.deploy.bench import command as bench
-from splitserve.deploy.commands import ask, inspection, keys, lifecycle, operations
+from splitserve.deploy.commands import ask, inspection, keys, lifecycle, operations, watch
 
 INTERRUPTED = 130
 
@@ -37,6 +37,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"splitserve {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (lifecycle, operations, ask, bench, inspection, keys):
+    for group in (lifecycle, operations, watch, ask, bench, inspection, keys):
         group.add_commands(commands)
     return parser

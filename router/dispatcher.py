@@ -19,6 +19,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from splitserve.cluster.channel import KV_IDLE_S, CurveKeys
@@ -46,16 +47,21 @@ from splitserve.router.policy import ANSWER_TOKENS, EngineView, Placement, Wante
 from splitserve.router.request import MOST_LOSSES, Chunk, Request, Summary
 from splitserve.router.tenants import Tenant
 from splitserve.router.timeline import Timeline
+from splitserve.router.traces import RecentRequests, RequestTrace
 
 log = logging.getLogger(__name__)
 
 NO_WORKER_RETRY_S = 0.1
 
+ExportTrace = Callable[[RequestTrace, str | None], None]
 Write = Callable[[Chunk], Awaitable[None]]
 
 
 class Dispatcher:
-    """Serves requests with the engines of one cluster. `identity` is unique among its routers."""
+    """Serves requests with the engines of one cluster.
+
+    `identity` is unique among its routers. `export` gets every request that is over, with its traceparent.
+    """
 
     def __init__(
         self,
@@ -64,10 +70,13 @@ class Dispatcher:
         worker_timeout_s: float,
         keys: CurveKeys | None,
         new_detokenizer: Callable[[], Detokenizer],
+        export: ExportTrace | None = None,
     ) -> None:
         self.admission = Admission(settings.max_queue, settings.max_active)
         self.engines = Engines(identity, keys, worker_timeout_s, self._on_message, self._on_lost)
         self.metrics = RouterMetrics(self.admission, self.engines, lambda: self.ready)
+        self.recent = RecentRequests()
+        self._export = export
         self._identity = identity
         self._policy, self._slo = settings.policy, settings.slo
         self._new_detokenizer = new_detokenizer
@@ -94,23 +103,21 @@ class Dispatcher:
         *,
         tenant: Tenant,
         priority: int = 0,
+        traceparent: str | None = None,
     ) -> Summary:
         """Take a request to its one outcome: every chunk written and the summary returned, or an error raised.
 
         What its client has `answered`, one for each sample, is not written again. Where not all can go on at once,
-        those with the smallest `priority` do.
+        those with the smallest `priority` do. `traceparent` names the span that it is a part of, as W3C's header does.
         """
         claimant = Claimant(tenant.name, priority, len(token_ids) + params.n * (params.max_tokens or ANSWER_TOKENS))
         request = self._new_request(token_ids, params, deadline_s, answered, claimant)
-        with outcome(self.metrics.requests.labels):
-            try:
-                summary = await self._take_to_its_end(request, deadline_s, write, tenant)
-            finally:
-                self._forget(request)
+        with outcome(partial(self._end, request, traceparent)):
+            summary = await self._answer(request, deadline_s, write, tenant)
             self._account(summary)
-        return summary
+            return summary
 
-    async def _take_to_its_end(self, request: Request, deadline_s: float, write: Write, tenant: Tenant) -> Summary:
+    async def _answer(self, request: Request, deadline_s: float, write: Write, tenant: Tenant) -> Summary:
         try:
             async with asyncio.timeout(deadline_s), self.admission.admit(request.claimant):
                 first, *others = by_attempt(request.samples) or [[]]
@@ -126,6 +133,14 @@ class Dispatcher:
             missing = "" if self.ready else "; not all pools have a worker that is ready"
             raise DeadlineExceeded(f"{deadline_s:g} s passed while {request.stage}{missing}") from error
 
+    def _end(self, request: Request, traceparent: str | None, code: str) -> None:
+        self._forget(request)
+        self.metrics.requests.labels(code).inc()
+        trace = request.trace(code)
+        self.recent.add(trace)
+        if self._export is not None:
+            self._export(trace, traceparent)
+
     def _account(self, summary: Summary) -> None:
         """Measure a request that was answered."""
         metrics, timings = self.metrics, summary.timings
@@ -136,6 +151,7 @@ class Dispatcher:
         metrics.prompt.observe(summary.prompt_tokens)
         metrics.output.observe(summary.completion_tokens)
         metrics.cached.inc(summary.cached_tokens)
+        self.recent.answered(timings)
 
     def _new_request(
         self,
@@ -222,7 +238,7 @@ class Dispatcher:
     def _prefill(self, request: Request, attempt: Attempt) -> None:
         if not request.has(attempt.number):
             return  # lost since it was granted: others go on already
-        request.timeline.placed()
+        request.timeline.placed(attempt)
         self._links[attempt.placement] = time.monotonic()
         self.engines.place(attempt.placement.prefill, attempt.prefill(request.remaining_s), attempt.uncached)
 
@@ -233,6 +249,7 @@ class Dispatcher:
     def _go_on(self, request: Request, lost: Attempt, why: AttemptReason, reason: str) -> None:
         """Have other engines do what is left of `lost`. `reason` tells people more than `why`."""
         self._cancel(lost)
+        request.timeline.lost(lost.number, reason)
         for sample in lost.samples:
             sample.losses += 1
         log.warning("going on elsewhere", extra={"request_id": request.id, "reason": reason, "losses": request.losses})

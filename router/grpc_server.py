@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import grpc
@@ -23,6 +24,7 @@ from splitserve.router.v1 import splitserve_pb2 as pb
 from splitserve.router.validate import Validator
 
 SERVICE: str = pb.DESCRIPTOR.services_by_name["SplitServe"].full_name
+TRACEPARENT = "traceparent"  # W3C's header, as metadata
 RETRY_AFTER = "retry-after-ms"  # trailing metadata of RESOURCE_EXHAUSTED
 FINISH_REASONS = {
     None: pb.FINISH_REASON_UNSPECIFIED,
@@ -67,6 +69,7 @@ class SplitServe:
             "Tokenize": unary(self._method(pb.TokenizeRequest, self._tokenize), response_serializer=_serialize),
             "Detokenize": unary(self._method(pb.DetokenizeRequest, self._detokenize), response_serializer=_serialize),
             "ListModels": unary(self._method(pb.ListModelsRequest, self._list_models), response_serializer=_serialize),
+            "Trace": unary(self._method(pb.TraceRequest, self._trace), response_serializer=_serialize),
             "Status": unary(self._method(pb.StatusRequest, self._report_status), response_serializer=_serialize),
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
@@ -100,10 +103,9 @@ class SplitServe:
 
         remaining_s = context.time_remaining()
         deadline_s = self._default_deadline_s if remaining_s is None or math.isinf(remaining_s) else remaining_s
+        serve = partial(self._dispatcher.serve, priority=request.priority, traceparent=_traceparent(context))
         with (tenant := self._tenant(context)).request(len(token_ids)):
-            summary = await self._dispatcher.serve(
-                token_ids, params, deadline_s, write, answered, tenant=tenant, priority=request.priority
-            )
+            summary = await serve(token_ids, params, deadline_s, write, answered, tenant=tenant)
         await context.write(pb.GenerateResponse(request_id=summary.request_id, summary=_summary(summary)))
 
     async def _tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
@@ -126,6 +128,9 @@ class SplitServe:
         model = pb.Model(name=known.model, context=known.context, vocab_size=known.tokenizer.vocab_size)
         return pb.ListModelsResponse(models=[model])
 
+    async def _trace(self, request: pb.TraceRequest, context: Context) -> pb.TraceResponse:
+        return pb.TraceResponse(chrome_trace=self._dispatcher.recent.chrome_trace(request.request_id))
+
     async def _report_status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
         return self._status()
 
@@ -138,7 +143,7 @@ class SplitServe:
 
         async def handle(data: bytes, context: Context) -> R:
             try:
-                with outcome(lambda code: calls.labels("grpc", name, code)):
+                with outcome(lambda code: calls.labels("grpc", name, code).inc()):
                     self._tenant(context)
                     return await behaviour(_parse(request_type, data), context)
             except SplitserveError as error:
@@ -163,6 +168,11 @@ def _parse(request_type: type[M], data: bytes) -> M:
     except DecodeError as error:
         name = request_type.DESCRIPTOR.name
         raise InvalidRequest("request", data[:40], f"send a {name} whose strings are all valid UTF-8") from error
+
+
+def _traceparent(context: Context) -> str | None:
+    found = [value for key, value in context.invocation_metadata() or () if key == TRACEPARENT]
+    return str(found[0]) if found else None
 
 
 def _conversation(messages: Sequence[pb.Message]) -> Conversation:

@@ -14,7 +14,6 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive
 
 from splitserve.cluster.errors import InvalidRequest, SplitserveError, WorkerUnavailable
 from splitserve.cluster.topology_sections import Role
@@ -67,6 +66,8 @@ class HttpApi:
                 Route("/tokenize", self._for_tenants(self._tokenize), methods=["POST"]),
                 Route("/detokenize", self._for_tenants(self._detokenize), methods=["POST"]),
                 Route("/health", self._health),
+                Route("/trace", self._for_tenants(self._trace)),
+                Route("/trace/{request_id}", self._for_tenants(self._trace)),
                 Route("/metrics", MetricsEndpoint(self._dispatcher.metrics).answer),
             ],
             middleware=[Middleware(CallCounter, calls=self._dispatcher.metrics.calls)],
@@ -96,7 +97,7 @@ class HttpApi:
 
     async def _answer(self, request: Request, call: Call, answer_type: type[Answer]) -> Response:
         answer = answer_type(call, self._validator)
-        serve = partial(self._serve, call, request.state.tenant, self._deadline_s(request), request.receive)
+        serve = partial(self._serve, call, request, self._deadline_s(request))
         if call.stream:
             return EventStream(partial(_stream, answer, serve))
 
@@ -105,22 +106,20 @@ class HttpApi:
 
         return json_response(answer.whole(await serve(gather)))
 
-    async def _serve(
-        self, call: Call, tenant: Tenant, deadline_s: float, receive: Receive, write: WriteChunk
-    ) -> list[Summary]:
+    async def _serve(self, call: Call, request: Request, deadline_s: float, write: WriteChunk) -> list[Summary]:
         """Serve a call's prompts side by side. All end when one fails or when the client leaves."""
+        tenant: Tenant = request.state.tenant
         with tenant.request(sum(len(prompt.token_ids) for prompt in call.prompts)):
-            return await self._serve_prompts(call, tenant, deadline_s, receive, write)
+            return await self._serve_prompts(call, request, deadline_s, write)
 
-    async def _serve_prompts(
-        self, call: Call, tenant: Tenant, deadline_s: float, receive: Receive, write: WriteChunk
-    ) -> list[Summary]:
+    async def _serve_prompts(self, call: Call, request: Request, deadline_s: float, write: WriteChunk) -> list[Summary]:
         try:
             async with asyncio.TaskGroup() as group:
-                watching = group.create_task(until_client_leaves(receive))
-                serve = partial(self._dispatcher.serve, deadline_s=deadline_s, tenant=tenant, priority=call.priority)
+                watching = group.create_task(until_client_leaves(request.receive))
+                serve = partial(self._dispatcher.serve, tenant=request.state.tenant, priority=call.priority)
+                serve = partial(serve, traceparent=request.headers.get("traceparent"))
                 serving = [
-                    group.create_task(serve(prompt.token_ids, prompt.params, write=partial(write, index)))
+                    group.create_task(serve(prompt.token_ids, prompt.params, deadline_s, partial(write, index)))
                     for index, prompt in enumerate(call.prompts)
                 ]
                 summaries = [await task for task in serving]
@@ -164,6 +163,11 @@ class HttpApi:
 
     async def _detokenize(self, request: Request) -> Response:
         return json_response({"prompt": openai_requests.detokenize(await read_json(request), self._validator)})
+
+    async def _trace(self, request: Request) -> Response:
+        """Where the time of a request that is over went, or of all lately, as Perfetto reads it."""
+        content = self._dispatcher.recent.chrome_trace(request.path_params.get("request_id", ""))
+        return Response(content, media_type="application/json")
 
     async def _health(self, request: Request) -> Response:
         """200 where a request could be placed, else 503 with the reason."""

@@ -94,8 +94,8 @@ class RouterMetrics:
 
 
 @contextmanager
-def outcome(by_code: Callable[[str], Counter]) -> Iterator[None]:
-    """Count what is done inside by how it ends, with the counter of a gRPC status."""
+def outcome(count: Callable[[str], None]) -> Iterator[None]:
+    """Call `count` with the gRPC status that what is done inside ends with."""
     code = "INTERNAL"
     try:
         yield
@@ -107,7 +107,7 @@ def outcome(by_code: Callable[[str], Counter]) -> Iterator[None]:
         code = "CANCELLED"
         raise
     finally:
-        by_code(code).inc()
+        count(code)
 
 
 class TokenHistogram(Collector):

@@ -16,6 +16,7 @@ from splitserve.router.fair import Claimant
 from splitserve.router.output_buffer import Answered, Delta, OutputBuffer, SampleOutput
 from splitserve.router.policy import Placement
 from splitserve.router.timeline import Timeline, Timings
+from splitserve.router.traces import RequestTrace
 
 LOST_RETRY_S = 0.05
 MOST_LOSSES = 10  # of one sample: a request that brings its workers down must not bring down all of them
@@ -152,7 +153,7 @@ class Request:
                 self._accept_first(message)
             case Joined():
                 attempt.joined = True
-                self.timeline.joined()
+                self.timeline.joined(attempt.number)
             case Failed() if not attempt.reply.done():
                 del self._attempts[attempt.number]
                 attempt.reply.set_exception(_error(message))
@@ -194,6 +195,19 @@ class Request:
             losses=self.losses,
         )
 
+    def trace(self, code: str) -> RequestTrace:
+        """Where its time went, now that it is over with a gRPC status."""
+        return RequestTrace(
+            request_id=self.id,
+            code=code,
+            began=self.timeline.arrived,
+            ended=time.monotonic(),
+            prompt_tokens=len(self._token_ids),
+            cached_tokens=self._cached_tokens or 0,
+            output_tokens=sum(len(sample.token_ids) for sample in self.samples),
+            spans=self.timeline.spans(),
+        )
+
     def _answer(self, attempt: Attempt, reply: Granted | Busy) -> None:
         if isinstance(reply, Busy):  # what happens to that engine is no longer this request's concern
             del self._attempts[attempt.number]
@@ -202,6 +216,7 @@ class Request:
             attempt.reply.set_result(reply)
 
     def _accept_first(self, message: FirstToken) -> None:
+        self.timeline.prefilled(message.attempt, message.queue_s, message.prefill_s, message.cached_tokens)
         if self._cached_tokens is None:
             self.timeline.first_token(message.queue_s, message.prefill_s)
             self._cached_tokens = message.cached_tokens

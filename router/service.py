@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,14 +20,13 @@ from splitserve.cluster.topology import Topology
 from splitserve.router.certificates import Certificates
 from splitserve.router.constraint import GrammarChecker
 from splitserve.router.dispatcher import Dispatcher
-from splitserve.router.engines import Engine
 from splitserve.router.grpc_server import SERVICE, SplitServe
 from splitserve.router.http_api import HttpApi
 from splitserve.router.http_server import HttpServer
 from splitserve.router.parsers.families import Family
+from splitserve.router.status import Status
 from splitserve.router.tenants import Tenants
 from splitserve.router.tokenizer import Tokenizer
-from splitserve.router.v1 import splitserve_pb2 as pb
 from splitserve.router.validate import Validator
 
 HEALTH_PERIOD_S = 0.2
@@ -57,7 +55,6 @@ class RouterService:
         self._topology = topology
         self.address = topology.router.grpc_address(index)
         self.http_address = topology.router.http_address(index)
-        self._started_at = time.monotonic()
         self._members: tuple[Member, ...] = ()
         self._loop: asyncio.AbstractEventLoop | None = None
         tokenizer = Tokenizer.load(model_folder)
@@ -68,7 +65,8 @@ class RouterService:
         self.dispatcher = Dispatcher(identity, topology.router, topology.worker_timeout_s, keys, tokenizer.detokenizer)
         self.dispatcher.metrics.describe(version=__version__, cluster=topology.name, model=topology.model.served_name)
         deadline_s, tenants = topology.router.default_deadline_s, Tenants(topology.security.api_keys)
-        self._service = SplitServe(validator, self.dispatcher, tenants, deadline_s, self._status)
+        status = Status(topology.name, model.served_name, self.dispatcher)
+        self._service = SplitServe(validator, self.dispatcher, tenants, deadline_s, status.now)
         tls = topology.security.tls
         self._certificates = None if tls is None else Certificates(tls)
         self._http: HttpServer | None = None
@@ -137,36 +135,3 @@ class RouterService:
             for service in ("", SERVICE):
                 await self._health.set(service, status)
             await asyncio.sleep(HEALTH_PERIOD_S)
-
-    def _status(self) -> pb.StatusResponse:
-        return pb.StatusResponse(
-            cluster=self._topology.name,
-            version=__version__,
-            model=self._topology.model.served_name,
-            engines=[_engine(engine) for engine in self.dispatcher.engines],
-            active_requests=self.dispatcher.admission.active,
-            queued_requests=self.dispatcher.admission.queued,
-            uptime_s=time.monotonic() - self._started_at,
-        )
-
-
-def _engine(engine: Engine) -> pb.Engine:
-    stats = engine.stats
-    return pb.Engine(
-        name=engine.member.engine,
-        role=engine.member.role,
-        incarnation=engine.member.incarnation,
-        state=_state(engine),
-        running=stats.running if stats else 0,
-        waiting=stats.waiting if stats else 0,
-        free_kv_tokens=stats.free_tokens if stats else 0,
-        total_kv_tokens=stats.total_tokens if stats else 0,
-        preemptions=stats.preemptions if stats else 0,
-        last_seen_s=time.monotonic() - engine.last_seen,
-    )
-
-
-def _state(engine: Engine) -> pb.EngineState.ValueType:
-    if engine.ready:
-        return pb.ENGINE_STATE_READY
-    return pb.ENGINE_STATE_STARTING if engine.stats is None else pb.ENGINE_STATE_SILENT

@@ -35,12 +35,17 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
 
 def endpoint(arguments: argparse.Namespace) -> str:
     """host:port of the router to ask. Raises NotFound where none is known."""
+    return endpoints(arguments)[0]
+
+
+def endpoints(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """host:port of each router. Raises NotFound where none is known."""
     if arguments.endpoint:
-        return str(arguments.endpoint)
+        return (str(arguments.endpoint),)
     state = find_cluster(arguments.cluster)
     if not state.endpoints:
         raise NotFound(f"cluster {state.name} is not ready yet; `splitserve status` shows how far it is")
-    return state.endpoints[0]
+    return tuple(state.endpoints)
 
 
 def credentials(arguments: argparse.Namespace) -> Credentials:

@@ -720,6 +720,12 @@ class Engine(google.protobuf.message.Message):
     TOTAL_KV_TOKENS_FIELD_NUMBER: builtins.int
     PREEMPTIONS_FIELD_NUMBER: builtins.int
     LAST_SEEN_S_FIELD_NUMBER: builtins.int
+    SLOTS_FIELD_NUMBER: builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: builtins.int
+    DECODE_STEPS_FIELD_NUMBER: builtins.int
+    QUERIED_TOKENS_FIELD_NUMBER: builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """pool/replica/dp"""
     role: builtins.str
@@ -735,6 +741,16 @@ class Engine(google.protobuf.message.Message):
     preemptions: builtins.int
     last_seen_s: builtins.float
     """age of the last answer"""
+    slots: builtins.int
+    """sequences that it decodes at once"""
+    prompt_tokens: builtins.int
+    """Tokens and steps since its incarnation started."""
+    output_tokens: builtins.int
+    decode_steps: builtins.int
+    queried_tokens: builtins.int
+    """looked up in its prefix cache"""
+    cached_tokens: builtins.int
+    """and found there"""
     def __init__(
         self,
         *,
@@ -748,8 +764,14 @@ class Engine(google.protobuf.message.Message):
         total_kv_tokens: builtins.int = ...,
         preemptions: builtins.int = ...,
         last_seen_s: builtins.float = ...,
+        slots: builtins.int = ...,
+        prompt_tokens: builtins.int = ...,
+        output_tokens: builtins.int = ...,
+        decode_steps: builtins.int = ...,
+        queried_tokens: builtins.int = ...,
+        cached_tokens: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["free_kv_tokens", b"free_kv_tokens", "incarnation", b"incarnation", "last_seen_s", b"last_seen_s", "name", b"name", "preemptions", b"preemptions", "role", b"role", "running", b"running", "state", b"state", "total_kv_tokens", b"total_kv_tokens", "waiting", b"waiting"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cached_tokens", b"cached_tokens", "decode_steps", b"decode_steps", "free_kv_tokens", b"free_kv_tokens", "incarnation", b"incarnation", "last_seen_s", b"last_seen_s", "name", b"name", "output_tokens", b"output_tokens", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "queried_tokens", b"queried_tokens", "role", b"role", "running", b"running", "slots", b"slots", "state", b"state", "total_kv_tokens", b"total_kv_tokens", "waiting", b"waiting"]) -> None: ...
 
 Global___Engine: typing_extensions.TypeAlias = Engine
 
@@ -764,14 +786,23 @@ class StatusResponse(google.protobuf.message.Message):
     ACTIVE_REQUESTS_FIELD_NUMBER: builtins.int
     QUEUED_REQUESTS_FIELD_NUMBER: builtins.int
     UPTIME_S_FIELD_NUMBER: builtins.int
+    RECENT_REQUESTS_FIELD_NUMBER: builtins.int
+    TTFT_FIELD_NUMBER: builtins.int
+    TPOT_FIELD_NUMBER: builtins.int
     cluster: builtins.str
     version: builtins.str
     model: builtins.str
     active_requests: builtins.int
     queued_requests: builtins.int
     uptime_s: builtins.float
+    recent_requests: builtins.int
+    """Of requests that this router answered within the last minute."""
     @property
     def engines(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Engine]: ...
+    @property
+    def ttft(self) -> Global___Latency: ...
+    @property
+    def tpot(self) -> Global___Latency: ...
     def __init__(
         self,
         *,
@@ -782,7 +813,61 @@ class StatusResponse(google.protobuf.message.Message):
         active_requests: builtins.int = ...,
         queued_requests: builtins.int = ...,
         uptime_s: builtins.float = ...,
+        recent_requests: builtins.int = ...,
+        ttft: Global___Latency | None = ...,
+        tpot: Global___Latency | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["active_requests", b"active_requests", "cluster", b"cluster", "engines", b"engines", "model", b"model", "queued_requests", b"queued_requests", "uptime_s", b"uptime_s", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["tpot", b"tpot", "ttft", b"ttft"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["active_requests", b"active_requests", "cluster", b"cluster", "engines", b"engines", "model", b"model", "queued_requests", b"queued_requests", "recent_requests", b"recent_requests", "tpot", b"tpot", "ttft", b"ttft", "uptime_s", b"uptime_s", "version", b"version"]) -> None: ...
 
 Global___StatusResponse: typing_extensions.TypeAlias = StatusResponse
+
+@typing.final
+class Latency(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    P50_S_FIELD_NUMBER: builtins.int
+    P99_S_FIELD_NUMBER: builtins.int
+    p50_s: builtins.float
+    p99_s: builtins.float
+    def __init__(
+        self,
+        *,
+        p50_s: builtins.float = ...,
+        p99_s: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["p50_s", b"p50_s", "p99_s", b"p99_s"]) -> None: ...
+
+Global___Latency: typing_extensions.TypeAlias = Latency
+
+@typing.final
+class TraceRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """all that are known when empty"""
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["request_id", b"request_id"]) -> None: ...
+
+Global___TraceRequest: typing_extensions.TypeAlias = TraceRequest
+
+@typing.final
+class TraceResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CHROME_TRACE_FIELD_NUMBER: builtins.int
+    chrome_trace: builtins.str
+    """JSON, for ui.perfetto.dev"""
+    def __init__(
+        self,
+        *,
+        chrome_trace: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chrome_trace", b"chrome_trace"]) -> None: ...
+
+Global___TraceResponse: typing_extensions.TypeAlias = TraceResponse

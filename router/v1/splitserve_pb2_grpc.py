@@ -64,6 +64,11 @@ class SplitServeStub(object):
                 request_serializer=splitserve_dot_router_dot_v1_dot_splitserve__pb2.StatusRequest.SerializeToString,
                 response_deserializer=splitserve_dot_router_dot_v1_dot_splitserve__pb2.StatusResponse.FromString,
                 _registered_method=True)
+        self.Trace = channel.unary_unary(
+                '/splitserve.v1.SplitServe/Trace',
+                request_serializer=splitserve_dot_router_dot_v1_dot_splitserve__pb2.TraceRequest.SerializeToString,
+                response_deserializer=splitserve_dot_router_dot_v1_dot_splitserve__pb2.TraceResponse.FromString,
+                _registered_method=True)
 
 
 class SplitServeServicer(object):
@@ -108,6 +113,13 @@ class SplitServeServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Trace(self, request, context):
+        """Where the time of a request went that has ended lately, or of all of those. NOT_FOUND when it is not known (any more).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SplitServeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -140,6 +152,11 @@ def add_SplitServeServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=splitserve_dot_router_dot_v1_dot_splitserve__pb2.StatusRequest.FromString,
                     response_serializer=splitserve_dot_router_dot_v1_dot_splitserve__pb2.StatusResponse.SerializeToString,
+            ),
+            'Trace': grpc.unary_unary_rpc_method_handler(
+                    servicer.Trace,
+                    request_deserializer=splitserve_dot_router_dot_v1_dot_splitserve__pb2.TraceRequest.FromString,
+                    response_serializer=splitserve_dot_router_dot_v1_dot_splitserve__pb2.TraceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -304,6 +321,33 @@ class SplitServe(object):
             '/splitserve.v1.SplitServe/Status',
             splitserve_dot_router_dot_v1_dot_splitserve__pb2.StatusRequest.SerializeToString,
             splitserve_dot_router_dot_v1_dot_splitserve__pb2.StatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/splitserve.v1.SplitServe/Trace',
+            splitserve_dot_router_dot_v1_dot_splitserve__pb2.TraceRequest.SerializeToString,
+            splitserve_dot_router_dot_v1_dot_splitserve__pb2.TraceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -121,7 +121,23 @@ _SplitServeStatusType = typing_extensions.TypeVar(
     ],
 )
 
-class SplitServeStub(typing.Generic[_SplitServeGenerateType, _SplitServeChatType, _SplitServeTokenizeType, _SplitServeDetokenizeType, _SplitServeListModelsType, _SplitServeStatusType]):
+_SplitServeTraceType = typing_extensions.TypeVar(
+    '_SplitServeTraceType',
+    grpc.UnaryUnaryMultiCallable[
+        splitserve.router.v1.splitserve_pb2.TraceRequest,
+        splitserve.router.v1.splitserve_pb2.TraceResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        splitserve.router.v1.splitserve_pb2.TraceRequest,
+        splitserve.router.v1.splitserve_pb2.TraceResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        splitserve.router.v1.splitserve_pb2.TraceRequest,
+        splitserve.router.v1.splitserve_pb2.TraceResponse,
+    ],
+)
+
+class SplitServeStub(typing.Generic[_SplitServeGenerateType, _SplitServeChatType, _SplitServeTokenizeType, _SplitServeDetokenizeType, _SplitServeListModelsType, _SplitServeStatusType, _SplitServeTraceType]):
     @typing.overload
     def __init__(self: SplitServeStub[
         grpc.UnaryStreamMultiCallable[
@@ -147,6 +163,10 @@ class SplitServeStub(typing.Generic[_SplitServeGenerateType, _SplitServeChatType
         grpc.UnaryUnaryMultiCallable[
             splitserve.router.v1.splitserve_pb2.StatusRequest,
             splitserve.router.v1.splitserve_pb2.StatusResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            splitserve.router.v1.splitserve_pb2.TraceRequest,
+            splitserve.router.v1.splitserve_pb2.TraceResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -176,6 +196,10 @@ class SplitServeStub(typing.Generic[_SplitServeGenerateType, _SplitServeChatType
             splitserve.router.v1.splitserve_pb2.StatusRequest,
             splitserve.router.v1.splitserve_pb2.StatusResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            splitserve.router.v1.splitserve_pb2.TraceRequest,
+            splitserve.router.v1.splitserve_pb2.TraceResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Generate: _SplitServeGenerateType
@@ -193,6 +217,9 @@ class SplitServeStub(typing.Generic[_SplitServeGenerateType, _SplitServeChatType
     ListModels: _SplitServeListModelsType
 
     Status: _SplitServeStatusType
+
+    Trace: _SplitServeTraceType
+    """Where the time of a request went that has ended lately, or of all of those. NOT_FOUND when it is not known (any more)."""
 
 SplitServeAsyncStub: typing_extensions.TypeAlias = SplitServeStub[
     grpc.aio.UnaryStreamMultiCallable[
@@ -218,6 +245,10 @@ SplitServeAsyncStub: typing_extensions.TypeAlias = SplitServeStub[
     grpc.aio.UnaryUnaryMultiCallable[
         splitserve.router.v1.splitserve_pb2.StatusRequest,
         splitserve.router.v1.splitserve_pb2.StatusResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        splitserve.router.v1.splitserve_pb2.TraceRequest,
+        splitserve.router.v1.splitserve_pb2.TraceResponse,
     ],
 ]
 
@@ -267,5 +298,13 @@ class SplitServeServicer(metaclass=abc.ABCMeta):
         request: splitserve.router.v1.splitserve_pb2.StatusRequest,
         context: _ServicerContext,
     ) -> typing.Union[splitserve.router.v1.splitserve_pb2.StatusResponse, collections.abc.Awaitable[splitserve.router.v1.splitserve_pb2.StatusResponse]]: ...
+
+    @abc.abstractmethod
+    def Trace(
+        self,
+        request: splitserve.router.v1.splitserve_pb2.TraceRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[splitserve.router.v1.splitserve_pb2.TraceResponse, collections.abc.Awaitable[splitserve.router.v1.splitserve_pb2.TraceResponse]]:
+        """Where the time of a request went that has ended lately, or of all of those. NOT_FOUND when it is not known (any more)."""
 
 def add_SplitServeServicer_to_server(servicer: SplitServeServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -77,7 +77,7 @@ def test_constrained_answers_are_those_of_steps_one_by_one(tiny_model: Path) -> 
         cluster = InProcessCluster(tiny_model, settings)
         for index, params in enumerate(asked):
             cluster.ask(str(index), prompt(13, index), params)
-        answers = cluster.run(timeout_s=240)
+        answers = cluster.run()
         found.append({name: (answer.tokens, answer.reasons) for name, answer in answers.items()})
         cluster.settle()
         assert cluster.free_pages() == [settings.pages] * len(cluster.blocks)
