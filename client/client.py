@@ -109,7 +109,7 @@ class Client:
         """Where the time of a request that is over went, or of all lately: JSON for ui.perfetto.dev."""
         request = pb.TraceRequest(request_id=request_id)
         with wire.client_errors():
-            return self._stub.Trace(request, timeout=timeout_s).chrome_trace
+            return self._stub.Trace(request, metadata=self._metadata, timeout=timeout_s).chrome_trace
 
     def healthy(self, *, timeout_s: float | None = None) -> bool:
         """Whether a request could be placed now, by gRPC's health protocol."""

@@ -21,6 +21,7 @@ from splitserve.cluster.topology_sections import (
     Router,
     Section,
     Security,
+    Tracing,
 )
 
 # Of a prefill rank's GPU, for payloads that are packed and not yet across: within the host, and to others.
@@ -42,6 +43,7 @@ class Topology(Section):
     decode: DecodePool = Field(default=DecodePool(), description="engines that compute answers")
     kv_transfer: KvTransfer = Field(default=KvTransfer(), description="how KV moves from prefill to decode")
     security: Security = Field(default=Security(), description="who may connect")
+    tracing: Tracing | None = Field(default=None, description="where traces of requests go; nowhere if unset")
 
     @model_validator(mode="before")
     @classmethod

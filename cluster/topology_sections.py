@@ -349,6 +349,18 @@ class Security(Section):
         return self.curve == "on" or (self.curve == "auto" and keyed)
 
 
+class Tracing(Section):
+    """Where requests go as OpenTelemetry traces."""
+
+    endpoint: str = Field(
+        pattern=r"^https?://([^/\s:\[\]]+|\[[0-9a-fA-F:]+\]):[0-9]{1,5}$",
+        description="OTLP collector (gRPC), such as http://127.0.0.1:4317; https for TLS",
+    )
+    sample: float = Field(
+        default=1.0, ge=0, le=1, description="share of requests traced, of those whose caller brings no traceparent"
+    )
+
+
 def _with_port_added(address: str, index: int) -> str:
     host, _, port = address.rpartition(":")
     return f"{host}:{int(port) + index}"

@@ -7,6 +7,7 @@ import contextlib
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -28,6 +29,9 @@ from splitserve.router.status import Status
 from splitserve.router.tenants import Tenants
 from splitserve.router.tokenizer import Tokenizer
 from splitserve.router.validate import Validator
+
+if TYPE_CHECKING:
+    from splitserve.router.tracing import TraceExport
 
 HEALTH_PERIOD_S = 0.2
 GRACE_S = 1.0
@@ -62,7 +66,11 @@ class RouterService:
         self._grammars = GrammarChecker(model_folder, tokenizer.vocab_size)
         model, family = topology.model, Family.of(topology.model, tokenizer.chat_template)
         validator = Validator(model.served_name, tokenizer, self._grammars, family, model.context)
-        self.dispatcher = Dispatcher(identity, topology.router, topology.worker_timeout_s, keys, tokenizer.detokenizer)
+        self._traces = _trace_export(topology)
+        export = self._traces.export if self._traces else None
+        self.dispatcher = Dispatcher(
+            identity, topology.router, topology.worker_timeout_s, keys, tokenizer.detokenizer, export
+        )
         self.dispatcher.metrics.describe(version=__version__, cluster=topology.name, model=topology.model.served_name)
         deadline_s, tenants = topology.router.default_deadline_s, Tenants(topology.security.api_keys)
         status = Status(topology.name, model.served_name, self.dispatcher)
@@ -116,6 +124,8 @@ class RouterService:
         await asyncio.gather(self._server.stop(GRACE_S), *([self._http.stop()] if self._http else []))
         await self._grammars.close()
         await self.dispatcher.engines.close()
+        if self._traces is not None:
+            await self._traces.close()
 
     def _listen(self) -> None:
         try:
@@ -135,3 +145,14 @@ class RouterService:
             for service in ("", SERVICE):
                 await self._health.set(service, status)
             await asyncio.sleep(HEALTH_PERIOD_S)
+
+
+def _trace_export(topology: Topology) -> TraceExport | None:
+    if topology.tracing is None:
+        return None
+    try:
+        from splitserve.router.tracing import TraceExport, otlp_processor
+    except ImportError as error:
+        raise StartupError(f"tracing: {error}; install splitserve[otel] where routers run") from error
+    processor = otlp_processor(topology.tracing)
+    return TraceExport(topology.tracing, topology.name, topology.model.served_name, processor)

@@ -51,15 +51,17 @@ def topology(
     colocated: bool = False,
     model: dict[str, Any] | None = None,
     security: dict[str, Any] | None = None,
+    tracing: Any = None,
     **router: Any,
 ) -> Topology:
-    """A topology with these settings of the model, of security and of the router."""
+    """A topology with these settings of the model, of security, of tracing and of the router."""
     return Topology.model_validate(
         {
             "name": "test",
             "model": {"path": "anywhere", "name": MODEL, "context": CONTEXT, **(model or {})},
             "colocated": colocated,
             "security": security or {},
+            "tracing": tracing,
             "router": {"grpc": f"127.0.0.1:{free_port()}", "http": f"127.0.0.1:{free_port()}", **router},
         }
     )
