@@ -1,21 +1,54 @@
-"""trace: what a running cluster does with its time."""
+"""top, trace: what a running cluster does with its time."""
 
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
 
 from splitserve.client import Client, SplitserveClientError
 from splitserve.cluster.errors import InvalidRequest
 from splitserve.deploy.commands.connection import add_connection, credentials, endpoints
+from splitserve.deploy.top import Watch, frame
+
+REFRESH_S = 1.0
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("top", help="watch the load of a cluster, second by second")
+    parser.add_argument("--once", action="store_true", help="print one second's and end, as without a terminal")
+    add_connection(parser)
+    parser.set_defaults(run=top)
+
     parser = commands.add_parser("trace", help="where the time of a request went, for ui.perfetto.dev")
     parser.add_argument("request", nargs="?", default="", help="its id (default: all requests that ended lately)")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write there (default: standard output)")
     add_connection(parser)
     parser.set_defaults(run=trace)
+
+
+def top(arguments: argparse.Namespace) -> int:
+    console = Console()
+    watch = Watch(endpoints(arguments), credentials(arguments))
+    try:
+        before = watch.look()
+        if arguments.once or not console.is_terminal:
+            time.sleep(REFRESH_S)
+            console.print(frame(before, watch.look()))
+            return 0
+        with Live(frame(before, before), console=console, screen=True, auto_refresh=False) as live:
+            while True:
+                time.sleep(REFRESH_S)
+                now = watch.look()
+                live.update(frame(before, now), refresh=True)
+                before = now
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        watch.close()
 
 
 def trace(arguments: argparse.Namespace) -> int:
