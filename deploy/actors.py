@@ -46,7 +46,7 @@ class Report:
 
     `member`: what routers need to know, once a leader is ready. `endpoint`: where a router listens, once it does.
     `members`: the incarnations that a router knows. `failure`: why the worker ended, None while it lives.
-    `digest` is that of the spec that it serves by; `drained`: it was told to drain, and holds nothing any more.
+    `digest` is that of the spec that it serves by. `draining`: it was told to, and `drained`: holds nothing any more.
     """
 
     incarnation: str
@@ -58,6 +58,7 @@ class Report:
     member: Member | None = None
     endpoint: str = ""
     members: tuple[Member, ...] = ()
+    draining: bool = False
     drained: bool = False
     failure: str | None = None
 
@@ -127,7 +128,8 @@ class RankActor:
     def _now(self) -> Report:
         if self._thread.is_alive():
             worker = self._worker
-            return replace(self._report, progress=worker.progress, member=worker.member(), drained=worker.drain.is_done)
+            told = replace(self._report, draining=worker.drain.wanted, drained=worker.drain.is_done)
+            return replace(told, progress=worker.progress, member=worker.member())
         return self._report
 
     def _run(self) -> None:
@@ -162,11 +164,11 @@ class RouterActor:
             self._say(replace(self._report, members=members))
 
     async def drain(self, wanted: bool) -> None:
-        """Refuse new requests while `wanted`; the report says when none is left."""
-        if self._service is None:
-            return
-        await self._service.drain(wanted)
-        self._say(replace(self._report, drained=self._service.draining))
+        """Refuse new requests, for good; the report says when none is left."""
+        if self._service is not None and wanted and not self._report.draining:
+            self._say(replace(self._report, draining=True))
+            await self._service.drain()
+            self._say(replace(self._report, drained=True))
 
     async def watch(self, seen: Report | None) -> Report:
         """The report as soon as it is another than `seen`, or after WATCH_S."""

@@ -180,13 +180,18 @@ def _leaving(observed: Mapping[str, UnitView]) -> set[str]:
     leaving = {
         name
         for name, view in running.items()
-        if not view.wanted or view.new_role is not None or view.stopping or (view.outdated and not view.is_ready)
+        if not view.wanted or view.new_role is not None or _must_end(view) or (view.outdated and not view.is_ready)
     }
     outdated = [name for name, view in running.items() if view.outdated and name not in leaving]
     rolling = [name for name in outdated if running[name].is_leaving]
     if not rolling and not leaving and all(view.is_ready for view in observed.values() if view.wanted):
         rolling = outdated[:1]
     return leaving | set(rolling)
+
+
+def _must_end(view: UnitView) -> bool:
+    """Whether it can no longer be taken back: a router closes its ports when it drains."""
+    return view.stopping or (view.told is not None and view.draining is True)
 
 
 def _may_depart(view: UnitView) -> bool:

@@ -84,6 +84,8 @@ class RunningUnit:
             return
         self.reports[name] = report
         self.digest = self.digest or report.digest
+        if self._draining is None and name == self.unit.workers[0]:
+            self._draining, self._drained_from = report.draining, time.monotonic()
         if report.failure is not None:
             self._die(name, report.failure)
         else:

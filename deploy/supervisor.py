@@ -136,11 +136,11 @@ class Supervisor:
 
     def _newest_desired(self) -> Desired:
         """What is to be brought about now. After a change, units that kept dying are tried again at once."""
-        if self._desired.generation != self._status.generation:
-            self._deaths = defaultdict(
-                Deaths, {name: replace(deaths, quick=0) for name, deaths in self._deaths.items()}
-            )
-        return self._desired
+        desired = self._desired
+        if desired.generation != self._status.generation:
+            for name, deaths in self._deaths.items():
+                self._deaths[name] = replace(deaths, quick=0)
+        return desired
 
     def _listen(self) -> None:
         """Wait for news, at most a tick."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 
-from splitserve.cluster.errors import Overloaded, WorkerUnavailable
+from splitserve.cluster.errors import Overloaded
 from splitserve.router.fair import Claimant, FairSemaphore
 
 MIN_RETRY_S = 0.1
@@ -19,7 +18,6 @@ class Admission:
     """At most `max_active` requests are admitted at once and at most `max_queue` wait, in `FairSemaphore`'s order.
 
     `active` counts the admitted; `queued` those that wait, be it for admission or, already admitted, for an engine.
-    While it is `closed` nothing new is admitted.
     """
 
     def __init__(self, max_queue: int, max_active: int) -> None:
@@ -28,26 +26,19 @@ class Admission:
         self._service_s = 1.0  # smoothed time that a request takes
         self.queued = 0
         self.active = 0
-        self.closed = False
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     @asynccontextmanager
     async def admit(self, claimant: Claimant) -> AsyncIterator[None]:
         """Hold one of the places, after waiting for it if need be. Raises Overloaded when the queue is full."""
-        if self.closed:
-            raise WorkerUnavailable("this router is being drained; ask another one, or again when it is back")
         async with AsyncExitStack() as stack:
             with self.wait() if self._slots.locked else nullcontext():
                 await stack.enter_async_context(self._slots.hold(self._slots.claim(claimant)))
             self.active += 1
-            self._idle.clear()
             started = time.monotonic()
             try:
                 yield
             finally:
                 self.active -= 1
-                self._note_idle()
                 self._service_s += SMOOTHING * (time.monotonic() - started - self._service_s)
 
     @contextmanager
@@ -56,20 +47,10 @@ class Admission:
         if self.queued >= self.max_queue:
             raise Overloaded(f"the queue is full: {self.queued} requests wait", self.retry_after_s())
         self.queued += 1
-        self._idle.clear()
         try:
             yield
         finally:
             self.queued -= 1
-            self._note_idle()
-
-    async def drained(self) -> None:
-        """Return when no request is here."""
-        await self._idle.wait()
-
-    def _note_idle(self) -> None:
-        if not self.active and not self.queued:
-            self._idle.set()
 
     def retry_after_s(self) -> float:
         """When about half of the queue will have moved on, by the time that requests took lately."""

@@ -89,8 +89,6 @@ class Dispatcher:
     @property
     def ready(self) -> bool:
         """Whether a request could be placed now."""
-        if self.admission.closed:
-            return False
         return bool(self.engines.views("prefill", "colocated") and self.engines.views("decode", "colocated"))
 
     async def serve(

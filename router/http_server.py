@@ -41,9 +41,17 @@ class HttpServer:
         listener = _listen(self._address)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
 
+    async def drain(self) -> None:
+        """Refuse new requests, and return when the running ones have ended."""
+        self._server.config.timeout_graceful_shutdown = None
+        self._server.should_exit = True
+        await self._serving
+
     async def stop(self) -> None:
         """Refuse new requests, give running ones GRACE_S seconds, then end them."""
         self._server.should_exit = True
+        await asyncio.wait([self._serving], timeout=GRACE_S)
+        self._server.force_exit = True
         await self._serving
 
 

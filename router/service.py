@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 HEALTH_PERIOD_S = 0.2
 GRACE_S = 1.0
+DRAIN_S = 86_400.0  # no deadline is longer
 SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),
     ("grpc.max_metadata_size", 16 * 1024),
@@ -105,15 +106,10 @@ class RouterService:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self.dispatcher.engines.set_members, self._members)
 
-    async def drain(self, wanted: bool) -> None:
-        """Refuse new requests while `wanted`; running ones go on, and the last of them is awaited."""
-        self.dispatcher.admission.closed = wanted
-        if wanted:
-            await self.dispatcher.admission.drained()
-
-    @property
-    def draining(self) -> bool:
-        return self.dispatcher.admission.closed
+    async def drain(self) -> None:
+        """Refuse new requests, and return when the running ones have ended. There is no way back."""
+        await self._health.enter_graceful_shutdown()
+        await asyncio.gather(self._server.stop(DRAIN_S), *([self._http.drain()] if self._http else []))
 
     async def stop(self) -> None:
         """Refuse new requests, give running ones GRACE_S seconds, then end them."""

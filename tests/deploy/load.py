@@ -12,7 +12,7 @@ from typing import Self
 
 from splitserve.client import Client, Sampling, SplitserveClientError
 
-STREAMS = 6
+STREAMS = 4
 TIMEOUT_S = 90.0
 PROMPTS = [random.Random(seed).choices(range(5, 200), k=20 + 9 * seed) for seed in range(4)]
 KINDS: list[Sampling] = [{"max_tokens": 60}, {"max_tokens": 300}, {"max_tokens": 120, "temperature": 0.9, "seed": 3}]

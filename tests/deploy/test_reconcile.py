@@ -120,6 +120,12 @@ def test_a_drain_that_is_called_off() -> None:
     assert reconcile({"decode/0/0": draining}, 0.0) == [Drain("decode/0/0", False)]
 
 
+def test_a_router_that_drains_ends_and_starts_anew() -> None:
+    draining = UnitView(running=True, told=(), draining=True)
+    assert reconcile({"router/0": draining}, 0.0) == []
+    assert reconcile({"router/0": replace(draining, spent=True)}, 0.0) == [Stop("router/0")]
+
+
 def test_one_that_dies_while_it_drains_does_not_come_back() -> None:
     dying = replace(ready("decode/0/0"), wanted=False, draining=True, death="killed")
     assert reconcile({"decode/0/0": dying}, 0.0) == [Bury("decode/0/0", "killed")]
@@ -203,7 +209,8 @@ class Simulated:
             case Tell(_, membership):
                 assert view.death is None
                 return replace(view, told=membership)
-            case Drain(_, wanted):
+            case Drain(name, wanted):
+                assert wanted or name in self.engines
                 return replace(view, draining=wanted)
             case Stop():
                 assert not view.is_ready or view.spent, "it held requests"
