@@ -80,7 +80,7 @@ class Supervisor:
         with self._changing:
             changed: Desired = getattr(self._desired, method)(*arguments)
             self._memory.keep_desired(changed)
-            logger.info("%s%s: generation %d", method, arguments, changed.generation)
+            logger.info("generation %d, by %s", changed.generation, method)
             self._desired = changed
         return changed.generation
 
