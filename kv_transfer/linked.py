@@ -39,6 +39,7 @@ FRAMES = FrameSizes(16 << 20, 32 << 20)
 IDLE = "not used"
 RETRY_S = 1.0, 30.0  # after a link has ended: at first, and at most
 PATIENCE_S = 3.0  # a payload takes milliseconds: one that takes this long has lost its other end
+MOST_ENDING = 64  # ends that are down and may still wait for somebody to meet, each in a thread
 POSTED_LINKS = 2  # that receive at once: each holds some SMs until its payload is there
 
 
@@ -295,6 +296,10 @@ class LinkedReceiver:
     def _accept(self, peer: bytes, token: str) -> None:
         if peer in self._incoming:
             self._part(peer, "the sender makes another link")
+        self._ending = _not_over(self._ending)
+        if len(self._ending) >= MOST_ENDING:
+            self._control.send(peer, MARK + seal(KvPart(token, "too many links have met nobody yet")))
+            return
         if not _make_room(self.links, self._ending, self._max_links):
             self._control.send(peer, MARK + seal(KvPart(token, "the receiver has no memory for another link")))
             return

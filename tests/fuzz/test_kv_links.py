@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from splitserve.cluster.channel import Socket
 from splitserve.cluster.errors import ProtocolError
-from splitserve.kv_transfer.linked import MARK, KvPut, LinkedReceiver
+from splitserve.kv_transfer.linked import MARK, MOST_ENDING, KvPart, KvPut, LinkedReceiver
 from splitserve.kv_transfer.protocol import unseal
 from splitserve.kv_transfer.tcp import TcpReceiver
 from splitserve.kv_transfer.transport import Arrival
@@ -85,6 +86,33 @@ def test_places_that_staging_has() -> None:
 
 def test_more_links_than_there_is_memory_for() -> None:
     check([(peer, resealed(["KvMeet", "t"]), None) for peer in (b"q", b"r", b"s")])
+
+
+def test_a_peer_that_always_wants_another_link_takes_few_threads() -> None:
+    """Each end that meets nobody is a thread until it has waited long enough."""
+    box, over = Box(), threading.Event()
+
+    def meet(token: str) -> Posted:
+        over.wait(60)
+        return Posted()
+
+    receiver = LinkedReceiver(cast(TcpReceiver, box), torch.zeros(STAGING), meet, MAX_LINKS, time.monotonic)
+    before = threading.active_count()
+    for number in range(500):
+        box.waiting.append(Arrival(b"p", MARK + resealed(["KvMeet", f"t{number}"]), None))
+        receiver.receive(8)
+    assert threading.active_count() - before <= MOST_ENDING + MAX_LINKS
+    refusal = read(box.said[-1].removeprefix(MARK))
+    assert isinstance(refusal, KvPart)
+    assert (refusal.token, refusal.reason) == ("t499", "too many links have met nobody yet")
+    over.set()
+    until = time.monotonic() + 10
+    while threading.active_count() > before + MAX_LINKS and time.monotonic() < until:
+        time.sleep(0.01)
+    box.waiting.append(Arrival(b"p", MARK + resealed(["KvMeet", "last"]), None))
+    receiver.receive(8)
+    assert [link.token for link in receiver.links] == ["last"], "who has waited long enough may meet again"
+    receiver.close()
 
 
 def check(said: Said) -> set[tuple[int, int]]:
