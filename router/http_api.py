@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from splitserve.cluster.errors import InvalidRequest, SplitserveError, WorkerUnavailable
 from splitserve.cluster.topology_sections import Role
-from splitserve.router import openai_requests
+from splitserve.router import openai_requests, status_page
 from splitserve.router.dispatcher import Dispatcher
 from splitserve.router.http_body import read_json
 from splitserve.router.http_errors import json_response, on_fault, on_http_exception, on_splitserve_error
@@ -27,6 +27,7 @@ from splitserve.router.openai_requests import Call
 from splitserve.router.openai_responses import Answer, ChatAnswer, CompletionAnswer, Json
 from splitserve.router.request import Chunk, Summary
 from splitserve.router.tenants import Tenant, Tenants
+from splitserve.router.v1 import splitserve_pb2 as pb
 from splitserve.router.validate import Validator
 
 DEADLINE = "x-request-timeout"  # header: a request's deadline in seconds
@@ -38,7 +39,7 @@ Serve = Callable[[WriteChunk], Awaitable[list[Summary]]]
 
 
 class HttpApi:
-    """The endpoints. `roles` are those of the cluster's pools."""
+    """The endpoints. `roles` are those of the cluster's pools; `status` makes what the status page shows."""
 
     def __init__(
         self,
@@ -47,12 +48,14 @@ class HttpApi:
         tenants: Tenants,
         default_deadline_s: float,
         roles: Sequence[Role],
+        status: Callable[[], pb.StatusResponse],
     ) -> None:
         self._validator = validator
         self._dispatcher = dispatcher
         self._tenants = tenants
         self._default_deadline_s = default_deadline_s
         self._roles = roles
+        self._status = status
         self._created = int(time.time())
 
     def app(self) -> Starlette:
@@ -66,6 +69,7 @@ class HttpApi:
                 Route("/tokenize", self._for_tenants(self._tokenize), methods=["POST"]),
                 Route("/detokenize", self._for_tenants(self._detokenize), methods=["POST"]),
                 Route("/health", self._health),
+                *status_page.routes(self._status),
                 Route("/trace", self._for_tenants(self._trace)),
                 Route("/trace/{request_id}", self._for_tenants(self._trace)),
                 Route("/metrics", MetricsEndpoint(self._dispatcher.metrics).answer),

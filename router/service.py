@@ -80,7 +80,7 @@ class RouterService:
         self._certificates = None if tls is None else Certificates(tls)
         self._http: HttpServer | None = None
         if self.http_address is not None:
-            app = HttpApi(validator, self.dispatcher, tenants, deadline_s, topology.roles).app()
+            app = HttpApi(validator, self.dispatcher, tenants, deadline_s, topology.roles, status.now).app()
             context = None if self._certificates is None else self._certificates.ssl_context()
             self._http = HttpServer(app, self.http_address, topology.router.max_connections, context)
         self._health = health.aio.HealthServicer()

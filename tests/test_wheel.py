@@ -28,6 +28,7 @@ def test_a_wheel_contains_only_splitserve(tmp_path: Path) -> None:
     expected = {path.replace("splitserve/", "", 1) for path in names if ".dist-info/" not in path}
     for file in (
         "kernels/paged_attention.py",
+        "router/status_page.html",
         "router/v1/splitserve.proto",
         "deploy/alerts/splitserve.yaml",
         "deploy/dashboards/splitserve.json",
