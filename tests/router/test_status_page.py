@@ -112,7 +112,7 @@ async def serve(tmp_path: Path, status: Callable[[], pb.StatusResponse], page: s
         return Response(page, headers=HEADERS, media_type="text/html")
 
     address = f"127.0.0.1:{free_port()}"
-    server = HttpServer(Starlette(routes=[Route("/page", changed), *status_page.routes(status)]), address)
+    server = HttpServer(Starlette(routes=[Route("/page", changed), *status_page.routes(status)]), address, 16)
     server.start()
     try:
         return await asyncio.to_thread(browse, f"http://{address}/page", tmp_path)
