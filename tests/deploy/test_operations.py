@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 import yaml
 
 from splitserve.client import Client
+from splitserve.cluster.log import log_path
 from splitserve.deploy.cluster_state import ClusterFolder
 from splitserve.deploy.processes import session_members
 from tests.deploy.clusters import (
@@ -235,8 +238,8 @@ def test_switch(tmp_path: Path, tiny_model: Path, tp: int) -> None:
     with running(tmp_path, tiny_model, prefill=layout, decode=layout) as cluster, cluster.load() as load:
         for worker, role in (("decode/1/0", "prefill"), ("decode/1/0", "decode"), ("prefill/0/0", "decode")):
             pid = cluster.pid(worker)
-            said = succeed("switch", worker, role)
-            assert float(said.split()[-2]) < SWITCH_S, said
+            assert f"{worker} serves as {role} after" in succeed("switch", worker, role)
+            assert away_s(cluster.name, worker, role) < SWITCH_S
             assert (units(cluster.name)[worker]["role"], cluster.pid(worker)) == (role, pid)
             load.pass_by()
         os.kill(cluster.pid("prefill/0/0"), signal.SIGKILL)
@@ -246,3 +249,16 @@ def test_switch(tmp_path: Path, tiny_model: Path, tp: int) -> None:
         load.pass_by()
         assert "no engine would be left for prefill" in refused("switch", "prefill/1/0", "decode")
         assert "role: found 'router'; expected prefill or decode" in refused("switch", "decode/0/0", "router")
+
+
+def away_s(name: str, worker: str, role: str) -> float:
+    """Seconds from the last time that `worker` began to drain until it served `role`."""
+    logs = ClusterFolder(name).logs
+    drained, served = (
+        max(datetime.fromisoformat(line["time"]) for line in map(json.loads, file.open()) if words in line["message"])
+        for file, words in (
+            (log_path(logs, "supervisor"), f"{worker} drains"),
+            (log_path(logs, worker), f" as {role}"),  # its leader has its name where dp is 1
+        )
+    )
+    return (served - drained).total_seconds()
