@@ -50,7 +50,8 @@ class HttpServer:
     async def stop(self) -> None:
         """Refuse new requests, give running ones GRACE_S seconds, then end them."""
         self._server.should_exit = True
-        await asyncio.wait([self._serving], timeout=GRACE_S)
+        # uvicorn ends those that take longer by itself, and tells their clients; all but after a drain.
+        await asyncio.wait([self._serving], timeout=2 * GRACE_S)
         self._server.force_exit = True
         await self._serving
 

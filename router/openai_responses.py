@@ -77,12 +77,12 @@ class Answer(ABC):
         return {**self._head(self.object_name), "choices": choices, "usage": self._usage(summaries)}
 
     def events(self, prompt: int, chunk: Chunk) -> bytes:
-        """What is new of prompt number `prompt`, as server-sent events; nothing if no text is complete yet."""
+        """What is new of prompt number `prompt`, as server-sent events; nothing if no more text is complete yet."""
         usage: Json = {"usage": None} if self._call.include_usage else {}
         return b"".join(
             event({**self._head(self.chunk_name), "choices": [self.chunk_choice(index, part)], **usage})
             for index, part in self._new_parts(prompt, chunk)
-            if part.text or part.logprobs or part.finish_reason or part.reasoning or part.calls
+            if part.is_first or part.text or part.logprobs or part.finish_reason or part.reasoning or part.calls
         )
 
     def last_events(self, summaries: Sequence[Summary]) -> bytes:
