@@ -139,7 +139,7 @@ def test_verdicts_are_remembered_and_not_without_end(monkeypatch: pytest.MonkeyP
 def test_a_client_that_leaves_amid_a_check_spoils_no_other() -> None:
     async def scenario(checker: GrammarChecker) -> None:
         leaving = asyncio.ensure_future(checker.grammar(HOSTILE["primes"]))
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.02)  # the process that is asked takes longer to start
         leaving.cancel()
         with pytest.raises(asyncio.CancelledError):
             await leaving
