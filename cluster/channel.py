@@ -96,6 +96,8 @@ class WorkerChannel:
     def __init__(self, address: str, keys: CurveKeys | None = None) -> None:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         secure(self._socket, keys, server=True)
+        # A router that leaves and comes back at once may be here before the end of its last connection is.
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self.address = bind(self._socket, address)
         self.malformed = 0
 

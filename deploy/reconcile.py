@@ -8,9 +8,9 @@ A *unit* lives and dies together: all ranks of one engine, or one router.
        |                                v                                    v
        +----Bury (its other ranks are killed)----- dead                   stopping --Remove--> absent
 
-Routers hear of a death (Tell) before the engine starts again, and of a drain before it begins. A unit that keeps dying
-soon after its start waits longer before each try; after CRASH_LOOP quick deaths it counts as failed, and is still tried
-once a minute.
+Routers hear of a death (Tell) before the engine starts again, and of a drain before it begins; while a new supervisor
+does not know yet which of the units that it found are ready, they hear nothing. A unit that keeps dying soon after its
+start waits longer before each try; after CRASH_LOOP quick deaths it counts as failed, and is still tried once a minute.
 
 A unit has to leave at once where it is not wanted any more, or is to have another role. Units that run by an old spec
 leave one at a time, while all others are ready: that is a rolling restart.
@@ -61,7 +61,7 @@ class UnitView:
 
     `running`: it has processes. `death`: why a process of it is gone (None: all live). `member`: what routers are
     told of a ready engine. `told`: the membership that a ready router was last sent; None for all other units.
-    `draining`: what it was told, None where that is not known. `spent`: it has drained, or had its time to. `stopping`
+    `draining`: what it was told, None for an adopted unit that has not been heard yet. `spent`: it has drained, or had its time to. `stopping`
     and `stopped`: it was told to end, and has.
 
     `wanted`: it is to run; `outdated`: not as it does; `new_role`: but for its role. `tied`: few nodes may have it.
@@ -138,12 +138,13 @@ def reconcile(observed: Mapping[str, UnitView], now: float) -> list[Action]:
     living = {name: view for name, view in observed.items() if view.running and view.death is None}
     leaving = _leaving(observed)
     membership = members(observed)
+    all_heard = not any(view.draining is None for view in living.values())
     return [
         *(Bury(name, view.death) for name, view in observed.items() if view.running and view.death is not None),
         *(
             Tell(name, membership)
             for name, view in living.items()
-            if view.told is not None and view.told != membership and not view.stopping
+            if all_heard and view.told is not None and view.told != membership and not view.stopping
         ),
         *(
             Drain(name, name in leaving)

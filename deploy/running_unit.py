@@ -35,6 +35,7 @@ from splitserve.deploy.units import RankPlace, Unit
 # How much of a node's custom resource a worker takes: enough to be placed there, too little to fill it.
 SLIVER = 0.001
 CALLS_AT_ONCE = 4
+HEARD_S = 10.0  # an adopted unit answers within a tick, unless it hangs
 PLACE_S = 30.0  # Ray places what has room within a second, and waits without limit for what has none
 # Rounds that an idle OpenMP thread spins before it sleeps, some 10 microseconds. By default it spins on and on, which
 # takes the cores from other processes: two ranks of 2 threads each on 2 cores then run 10 to 100 times slower.
@@ -64,6 +65,7 @@ class RunningUnit:
         self._stopped_at: float | None = None
         self._actors = actors
         self._told: tuple[Member, ...] = ()
+        self._telling: ray.ObjectRef[None] | None = None
         self._watches: dict[ray.ObjectRef[Report], str] = {}
         self._places_by = started_at + PLACE_S
         for name in actors:
@@ -108,7 +110,7 @@ class RunningUnit:
     def tell(self, members: tuple[Member, ...]) -> None:
         """Send a router the membership."""
         self._told = members
-        self._leader.set_members.remote(members)
+        self._telling = self._leader.set_members.remote(members)
 
     def drain(self, wanted: bool) -> None:
         """Have it refuse what is new from now on, or take it again."""
@@ -142,6 +144,15 @@ class RunningUnit:
         return report if report is not None and report.digest == self.digest else None
 
     @property
+    def _known_members(self) -> tuple[Member, ...] | None:
+        """What a router that listens knows, or will once it has heard what it is being told."""
+        report = self._leader_report
+        if report is None or not report.endpoint:
+            return None
+        is_telling = self._telling is not None and not ray.wait([self._telling], timeout=0)[0]
+        return self._told if is_telling else report.members
+
+    @property
     def role(self) -> Role | None:
         """What the engine serves as; None where that is not known, and for a router."""
         report = self._leader_report
@@ -163,13 +174,14 @@ class RunningUnit:
         """How it is. `deadline_s`: seconds that a drain may take."""
         report, stopping = self._leader_report, self._stopped_at is not None
         late = deadline_s is not None and time.monotonic() - self._drained_from >= deadline_s
+        hangs = self._draining is None and time.monotonic() - self.started_at > HEARD_S
         return UnitView(
             running=True,
             death=None if stopping else self.death,
             member=report.member if report else None,
-            told=self._told if report and report.endpoint else None,
+            told=self._known_members,
             deaths=deaths,
-            draining=self._draining,
+            draining=False if hangs else self._draining,
             spent=self._draining is True and (late or bool(report and report.drained)),
             stopping=stopping,
             stopped=self._has_stopped,

@@ -139,6 +139,15 @@ def test_an_adopted_unit_that_must_leave_is_heard_first() -> None:
     assert reconcile({"decode/0/0": heard}, 0.0) == [Drain("decode/0/0", True)]
 
 
+def test_routers_are_told_nothing_while_an_adopted_engine_is_unheard() -> None:
+    """They know it, and would take its requests elsewhere."""
+    adopted = UnitView(running=True, draining=None)
+    router = UnitView(running=True, told=(member("decode/0/0"), member("decode/1/0")))
+    observed = {"decode/0/0": ready("decode/0/0"), "decode/1/0": adopted, "router/0": router}
+    assert reconcile(observed, 0.0) == []
+    assert reconcile({**observed, "decode/1/0": STARTING}, 0.0) == [Tell("router/0", (member("decode/0/0"),))]
+
+
 def test_a_roll_waits_until_all_others_are_ready() -> None:
     old = {name: replace(ready(name), outdated=True) for name in ("decode/0/0", "decode/1/0")}
     assert reconcile(old, 0.0) == [Drain("decode/0/0", True)]

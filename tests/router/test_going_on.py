@@ -74,6 +74,19 @@ def test_without_workers_a_request_waits_for_its_deadline_and_says_why() -> None
         asyncio.run(scenario(cluster))
 
 
+def test_an_engine_that_is_away_for_a_moment_is_heard_again() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        async with running_router(cluster) as (service, client):
+            for _ in range(20):
+                service.set_members([])
+                service.set_members(cluster.members)
+                stream = client.generate([5], max_tokens=3, timeout_s=5)
+                assert (await stream.result()).samples[0].token_ids == (5, 5, 5)
+
+    with FakeCluster() as cluster, nothing_left(cluster):
+        asyncio.run(scenario(cluster))
+
+
 def test_stop_strings_and_logprobs_hold_across_a_loss() -> None:
     async def scenario(cluster: FakeCluster) -> None:
         async with running_router(cluster) as (service, client):
