@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import zmq
 
-from tests.kv_transfer.chaos.rank import GAUGES, run_rank
+from tests.kv_transfer.chaos.rank import GAUGES, RESUMES, run_rank
 from tests.kv_transfer.chaos.setup import HOST, RankState, Setup
 
 # What ranks import is there before they are forked, so that another one is soon in a dead one's place.
@@ -51,6 +51,7 @@ class Member:
 
     def resume(self) -> None:
         self.resume_at = None
+        self.gauges[RESUMES] += 1
         with contextlib.suppress(ProcessLookupError):  # it was killed meanwhile
             self._signal(signal.SIGCONT)
 

@@ -14,7 +14,6 @@ An id is "request/attempt", and the KV of a request follows from its number: any
 from __future__ import annotations
 
 import multiprocessing
-import signal
 import time
 from typing import Any
 
@@ -27,26 +26,21 @@ from tests.kv_transfer.chaos.setup import Setup, threads_and_files
 
 WARM_TRANSFERS = 10
 IDLE_WAIT_MS = 5
-GAUGES = FRAMES, LONGEST_PASS = range(2)  # they outlive the rank
+GAUGES = FRAMES, LONGEST_PASS, RESUMES = range(3)  # they outlive the rank; the conductor counts the last
 
 
 class Passes:
     """Keeps the gauges of a rank's loop: frames under way, and the longest pass while the process was not stopped."""
 
     def __init__(self, gauges: Any) -> None:
-        self._gauges, self._began, self._was_stopped = gauges, time.monotonic(), False
-        signal.signal(signal.SIGCONT, self._resume)
+        self._gauges, self._began, self._resumes = gauges, time.monotonic(), 0.0
 
     def end(self, frames: int) -> None:
         # In this order: a stop may come between any two lines, and its pass must not count.
-        now, self._gauges[FRAMES] = time.monotonic(), frames
-        was_stopped, self._was_stopped = self._was_stopped, False
-        if not was_stopped:
+        now, resumes, self._gauges[FRAMES] = time.monotonic(), self._gauges[RESUMES], frames
+        if resumes == self._resumes:
             self._gauges[LONGEST_PASS] = max(self._gauges[LONGEST_PASS], now - self._began)
-        self._began = time.monotonic()
-
-    def _resume(self, *_: object) -> None:
-        self._was_stopped = True
+        self._began, self._resumes = time.monotonic(), resumes
 
 
 def run_rank(setup: Setup, side: str, device: torch.device, conductor: str, gauges: Any) -> None:
