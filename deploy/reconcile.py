@@ -60,9 +60,9 @@ class UnitView:
     """One unit as the supervisor sees it, and what is wanted of it.
 
     `running`: it has processes. `death`: why a process of it is gone (None: all live). `member`: what routers are
-    told of a ready engine. `told`: the membership that a ready router was last sent; None for all other units.
-    `draining`: what it was told, None for an adopted unit that has not been heard yet. `spent`: it has drained, or had its time to. `stopping`
-    and `stopped`: it was told to end, and has.
+    told of a ready engine. `told`: the membership that a ready router knows; None for all other units. `draining`:
+    what it was told, None for an adopted unit that has not been heard yet. `spent`: it has drained, or had its time
+    to. `stopping` and `stopped`: it was told to end, and has.
 
     `wanted`: it is to run; `outdated`: not as it does; `new_role`: but for its role. `tied`: few nodes may have it.
     """
