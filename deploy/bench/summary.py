@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from rich.table import Table
 
 from splitserve.deploy.bench.measure import Outcome
+from splitserve.deploy.bench.slo import Slo
 
 PERCENTS = (50, 90, 99)
 
@@ -29,7 +29,8 @@ class Summary:
     """One run. Throughput counts what ended well, over `wall_s`, the time from the first request to the last end.
 
     TTFT: time to first token. TPOT: mean time of a request's tokens after the first message. ITL: gaps between
-    messages. E2E: whole requests. `errors` counts failed requests by gRPC status name.
+    messages. E2E: whole requests. `errors` counts failed requests by gRPC status name. `goodput`: requests a second
+    that were within `slo`, and `within_slo` the share of all requests; None without objectives.
     """
 
     requests: int
@@ -41,12 +42,15 @@ class Summary:
     tpot_s: Distribution
     itl_s: Distribution
     e2e_s: Distribution
+    slo: Slo | None = None
+    goodput: float | None = None
+    within_slo: float | None = None
 
 
-def summarize(outcomes: Sequence[Outcome], wall_s: float) -> Summary:
+def summarize(outcomes: Sequence[Outcome], wall_s: float, slo: Slo | None = None) -> Summary:
     """The figures of a run of `wall_s` seconds."""
+    within = None if slo is None else sum(map(slo.is_met, outcomes))
     good = [outcome for outcome in outcomes if outcome.error is None and outcome.arrivals]
-    times = [[time for time, _ in outcome.arrivals] for outcome in good]
     tokens = sum(count for outcome in good for _, count in outcome.arrivals)
     return Summary(
         requests=len(outcomes),
@@ -54,10 +58,13 @@ def summarize(outcomes: Sequence[Outcome], wall_s: float) -> Summary:
         wall_s=wall_s,
         requests_per_s=len(good) / wall_s,
         tokens_per_s=tokens / wall_s,
-        ttft_s=distribution([one[0] for one in times]),
-        tpot_s=distribution([tpot for outcome in good if (tpot := _tpot(outcome)) is not None]),
-        itl_s=distribution([later - earlier for one in times for earlier, later in pairwise(one)]),
-        e2e_s=distribution([one[-1] for one in times]),
+        ttft_s=distribution([outcome.ttft_s for outcome in good]),
+        tpot_s=distribution([tpot for outcome in good if (tpot := outcome.tpot_s) is not None]),
+        itl_s=distribution([gap for outcome in good for gap in outcome.gaps_s]),
+        e2e_s=distribution([outcome.arrivals[-1][0] for outcome in good]),
+        slo=slo,
+        goodput=None if within is None else within / wall_s,
+        within_slo=None if within is None else within / max(1, len(outcomes)),
     )
 
 
@@ -82,7 +89,7 @@ def summary_table(summary: Summary) -> Table:
         f"{summary.requests} requests in {summary.wall_s:.1f} s: {summary.requests_per_s:,.2f} requests/s, "
         f"{summary.tokens_per_s:,.1f} tokens/s; failed: {failed}"
     )
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", caption=_goodput(summary), caption_justify="left")
     for column in ("ms", "mean", *(f"p{percent}" for percent in PERCENTS)):
         table.add_column(column, justify="right")
     rows = {"TTFT": summary.ttft_s, "TPOT": summary.tpot_s, "ITL": summary.itl_s, "E2E": summary.e2e_s}
@@ -91,10 +98,10 @@ def summary_table(summary: Summary) -> Table:
     return table
 
 
-def _tpot(outcome: Outcome) -> float | None:
-    """Seconds a token after the first message; None for an answer of one message."""
-    later = sum(count for _, count in outcome.arrivals[1:])
-    return (outcome.arrivals[-1][0] - outcome.arrivals[0][0]) / later if later else None
+def _goodput(summary: Summary) -> str | None:
+    if summary.goodput is None or summary.within_slo is None:
+        return None
+    return f"goodput {summary.goodput:,.2f} requests/s: {summary.within_slo:.1%} are within {summary.slo}"
 
 
 def _ms(seconds: float | None) -> str:

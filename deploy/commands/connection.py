@@ -28,6 +28,11 @@ class Credentials(TypedDict):
 def add_connection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--endpoint", metavar="HOST:PORT", help="router to ask (default: the running cluster's)")
     parser.add_argument("--cluster", metavar="NAME", help="cluster to ask (default: the only one)")
+    add_credentials(parser)
+
+
+def add_credentials(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `credentials`."""
     parser.add_argument("--root-certificates", type=Path, metavar="PEM", help="trust these and connect with TLS")
     parser.add_argument("--certificate", type=Path, metavar="PEM", help="show this one, where the router asks for one")
     parser.add_argument("--private-key", type=Path, metavar="PEM", help="of the certificate")
@@ -49,7 +54,7 @@ def endpoints(arguments: argparse.Namespace) -> tuple[str, ...]:
 
 
 def credentials(arguments: argparse.Namespace) -> Credentials:
-    """What the arguments of `add_connection` and the environment say of trust, for a client."""
+    """What the arguments of `add_credentials` and the environment say of trust, for a client."""
     chain, key = (_pem(name, getattr(arguments, name)) for name in ("certificate", "private_key"))
     if (chain is None) != (key is None):
         raise InvalidRequest("certificate", str(arguments.certificate), "give it together with --private-key")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,25 @@ def units(name: str) -> dict[str, Any]:
     """What `splitserve status` tells of each unit."""
     status = json.loads(succeed("status", name, "--json"))
     return {unit["name"]: unit for unit in status["units"]}
+
+
+@contextlib.contextmanager
+def status_reader(name: str) -> Iterator[Callable[[], dict[str, Any]]]:
+    """The function `units` of this cluster, for those who ask often."""
+    command = [sys.executable, "-m", "tests.deploy.status_reader", name]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+
+        def read() -> dict[str, Any]:
+            print(file=stdin, flush=True)
+            return {unit["name"]: unit for unit in json.loads(stdout.readline())["units"]}
+
+        try:
+            yield read
+        finally:
+            stdin.close()
 
 
 def left_behind(state: ClusterState) -> list[str]:

@@ -142,7 +142,7 @@ def _check_commands(name: str, endpoint: str, folder: Path) -> None:
     load = ("--requests", 6, "--warmup", 1, "--concurrency", 3, "--prompt-tokens", 20, "--output-tokens", "uniform:2:9")
     table = succeed("bench", *load, "--json", figures, "--endpoint", endpoint)
     assert "TTFT" in table
-    assert json.loads(figures.read_text())["summary"]["requests"] == 6
+    assert json.loads(figures.read_text())["runs"][0]["summary"]["requests"] == 6
     poisson = ("bench", "--requests", 5, "--warmup", 0, "--rate", 20, "--output-tokens", 4, "--endpoint", endpoint)
     assert "5 requests in" in succeed(*poisson)
     refused = run_command("generate", "--text", PROMPT, "--temperature", -1, "--endpoint", endpoint)

@@ -45,7 +45,7 @@ def test_two_workers(gpus: int, transport: str, tiny_model: Path, tmp_path: Path
         ask = ("generate", "--cluster", name, "--text", "The quick brown fox", "--max-tokens", 24)
         alone = succeed(*ask)
         succeed("bench", "--cluster", name, *LOAD, "--json", figures, timeout_s=120)
-        assert json.loads(figures.read_text())["summary"]["errors"] == {}
+        assert json.loads(figures.read_text())["runs"][0]["summary"]["errors"] == {}
         assert succeed(*ask) == alone
     finally:
         succeed("down", name)

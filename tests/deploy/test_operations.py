@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -24,8 +24,8 @@ from tests.deploy.clusters import (
     run_command,
     start_command,
     state_of,
+    status_reader,
     succeed,
-    units,
     wait_until,
     write_topology,
 )
@@ -44,12 +44,13 @@ class Running:
 
     name: str
     file: Path
+    units: Callable[[], dict[str, Any]]
 
     def states(self) -> dict[str, str]:
-        return {name: unit["state"] for name, unit in units(self.name).items()}
+        return {name: unit["state"] for name, unit in self.units().items()}
 
     def pid(self, unit: str) -> int:
-        return int(units(self.name)[unit]["workers"][0]["pid"])
+        return int(self.units()[unit]["workers"][0]["pid"])
 
     def until(self, unit: str, state: str) -> None:
         wait_until(lambda: self.states()[unit] == state, 60, f"{unit} is {state}")
@@ -73,13 +74,14 @@ class Running:
 @contextlib.contextmanager
 def running(folder: Path, model: Path, **sections: str) -> Iterator[Running]:
     file = write_topology(folder, model, **{"prefill": "replicas: 2", "decode": "replicas: 2"} | sections)
-    cluster = Running(yaml.safe_load(file.read_text())["name"], file)
+    name = yaml.safe_load(file.read_text())["name"]
     succeed("up", file)
-    state = state_of(cluster.name)
+    state = state_of(name)
     try:
-        yield cluster
+        with status_reader(name) as read:
+            yield Running(name, file, read)
     finally:
-        succeed("down", cluster.name)
+        succeed("down", name)
     assert left_behind(state) == []
 
 
@@ -128,7 +130,7 @@ def test_deaths_while_it_drains(tmp_path: Path, tiny_model: Path) -> None:
             cluster.until_logged("decode/1/0 drains")
             os.kill(pid, signal.SIGKILL)
             assert drain.wait(60) == 0
-            assert units(cluster.name)["decode/1/0"]["deaths"] == 1
+            assert cluster.units()["decode/1/0"]["deaths"] == 1
             load.pass_by()
             ended()
             succeed("undrain", "decode/1/0")
@@ -201,7 +203,7 @@ def test_scale(tmp_path: Path, tiny_model: Path) -> None:
 
 def test_roll(tmp_path: Path, tiny_model: Path) -> None:
     with running(tmp_path, tiny_model, router="replicas: 2, ") as cluster:
-        before = {name: cluster.pid(name) for name in units(cluster.name)}
+        before = {name: cluster.pid(name) for name in cluster.units()}
         with cluster.load() as load:
             cluster.rewrite(decode={"kv_memory": "6MiB", "page_size": 32})
             assert f"is as {cluster.file} says after" in succeed("up", cluster.file)
@@ -217,7 +219,7 @@ def test_roll(tmp_path: Path, tiny_model: Path) -> None:
             kill_supervisor(cluster)
             wait_until(lambda: all_new(cluster, after), 120, "all workers have started anew")
             load.pass_by()
-            assert {unit["deaths"] for unit in units(cluster.name).values()} == {0}
+            assert {unit["deaths"] for unit in cluster.units().values()} == {0}
 
         for section, field, value in (("model", "context", 512), ("router", "grpc", "127.0.0.1:1")):
             cluster.rewrite(**{section: {field: value}})
@@ -227,7 +229,7 @@ def test_roll(tmp_path: Path, tiny_model: Path) -> None:
 
 
 def all_new(cluster: Running, before: dict[str, int]) -> bool:
-    now = units(cluster.name)
+    now = cluster.units()
     settled = all(unit["state"] == "ready" and unit["current"] for unit in now.values())
     return settled and all(unit["workers"][0]["pid"] != before[name] for name, unit in now.items())
 
@@ -240,12 +242,12 @@ def test_switch(tmp_path: Path, tiny_model: Path, tp: int) -> None:
             pid = cluster.pid(worker)
             assert f"{worker} serves as {role} after" in succeed("switch", worker, role)
             assert away_s(cluster.name, worker, role) < SWITCH_S
-            assert (units(cluster.name)[worker]["role"], cluster.pid(worker)) == (role, pid)
+            assert (cluster.units()[worker]["role"], cluster.pid(worker)) == (role, pid)
             load.pass_by()
         os.kill(cluster.pid("prefill/0/0"), signal.SIGKILL)
         cluster.until_logged("prefill/0/0 is dead")
         cluster.until("prefill/0/0", "ready")
-        assert units(cluster.name)["prefill/0/0"]["role"] == "decode"
+        assert cluster.units()["prefill/0/0"]["role"] == "decode"
         load.pass_by()
         assert "no engine would be left for prefill" in refused("switch", "prefill/1/0", "decode")
         assert "role: found 'router'; expected prefill or decode" in refused("switch", "decode/0/0", "router")

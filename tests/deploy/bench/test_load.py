@@ -8,8 +8,6 @@ import pytest
 
 from splitserve.cluster.errors import InvalidRequest
 from splitserve.deploy.bench.load import LoadShape, make_requests, parse_lengths, poisson_arrivals
-from splitserve.deploy.bench.measure import Outcome
-from splitserve.deploy.bench.summary import percentile, summarize, summary_table
 
 
 def draws(text: str, count: int = 4000) -> list[int]:
@@ -68,33 +66,3 @@ def test_poisson_arrivals_have_their_rate() -> None:
     assert statistics.mean(gaps) == pytest.approx(1 / 50, rel=0.03)
     assert statistics.stdev(gaps) == pytest.approx(1 / 50, rel=0.05)
     assert times[:5] == list(itertools.islice(poisson_arrivals(50.0, 1), 5))
-
-
-def test_percentiles_interpolate() -> None:
-    values = [4.0, 1.0, 3.0, 2.0]
-    assert percentile(values, 0) == 1
-    assert percentile(values, 50) == 2.5
-    assert percentile(values, 100) == 4
-    assert percentile([7.0], 99) == 7
-
-
-def test_summary_counts_what_ended_well() -> None:
-    good = Outcome(0.0, ((0.1, 1), (0.2, 2), (0.4, 2)))
-    single = Outcome(0.0, ((0.3, 1),))
-    failed = Outcome(0.0, ((0.1, 1),), "UNAVAILABLE")
-    summary = summarize([good, single, failed], wall_s=2.0)
-    assert summary.requests == 3
-    assert summary.errors == {"UNAVAILABLE": 1}
-    assert summary.tokens_per_s == 3.0
-    assert summary.requests_per_s == 1.0
-    assert summary.ttft_s.mean == pytest.approx(0.2)
-    assert summary.tpot_s.mean == pytest.approx(0.3 / 4)
-    assert summary.itl_s.p50 == pytest.approx(0.15)
-    assert summary.e2e_s.p50 == pytest.approx(0.35)
-    assert "1 UNAVAILABLE" in str(summary_table(summary).title)
-
-
-def test_summary_of_failures_alone_has_no_times() -> None:
-    summary = summarize([Outcome(0.0, (), "DEADLINE_EXCEEDED")], wall_s=1.0)
-    assert summary.ttft_s.mean is None
-    assert summary_table(summary).row_count == 4
