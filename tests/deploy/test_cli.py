@@ -140,7 +140,7 @@ def test_an_endpoint_where_nothing_listens(capsys: pytest.CaptureFixture[str]) -
     ("arguments", "message"),
     [
         (["generate", "--text", ""], "text: found ''; give a prompt"),
-        (["bench", "--requests", "0"], "requests: found 0; give at least 1"),
+        (["bench", "--requests", "0"], "requests: found 0; give 1 or more"),
         (["bench", "--rate", "0"], "rate: found 0.0; give more than 0"),
         (["bench", "--prefix-share", "2"], "prefix-share: found 2.0; give a value from 0 to 1"),
         (["health", "--private-key", "/none"], "private-key: found '/none'; No such file"),
