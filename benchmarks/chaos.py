@@ -1,11 +1,11 @@
 """Requests on a real CPU cluster while its workers die: how many are lost, and whether all answer what they would have.
 
-    python -m benchmarks.chaos [PLAN ...] [--requests N] [--seed S]
+    python -m benchmarks.chaos [PLAN ...] [--requests N] [--seed S] [--check]
 
-A cluster of two routers, two prefill and two decode workers runs the tiny mixture of experts. Requests come one after
-another, 16 at a time, greedy and sampled; in the middle of them the plan strikes, at a random moment. Each answer is
-compared with what the same request gets undisturbed. The peer's figures are another system's, published, for 800
-requests.
+A cluster of two routers, two prefill and two decode workers runs the tiny mixture of experts, in a network of its own.
+Requests come one after another, 16 at a time, greedy and sampled; in the middle of them the plan strikes, at a random
+moment. Each answer is compared with what the same request gets undisturbed. The peer's figures are another system's,
+published, for 800 requests.
 """
 
 from __future__ import annotations
@@ -15,46 +15,54 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
+from benchmarks import network
 from benchmarks.gpu_serve import splitserve
-from benchmarks.rows import Figure, Row, write
+from benchmarks.rows import Figure, Row, show, write
 from splitserve.client import AsyncClient, SplitserveClientError
 
 NAME, PORT = "bench-chaos", 50095
 MODEL = Path(__file__).parent.parent / "examples" / "tiny_moe" / "model"
 ROUTERS = [f"127.0.0.1:{PORT + index}" for index in range(2)]
 AT_ONCE, TOKENS, TIMEOUT_S = 16, 48, 60.0
-FREEZE_S = 6.0
-PLANS: dict[str, dict[str, bool]] = {
-    "a prefill killed": {"prefill/0/0": True},
-    "a decode killed": {"decode/0/0": True},
-    "both decodes killed": {f"decode/{index}/0": True for index in range(2)},
-    "a prefill and a decode frozen": {"prefill/0/0": False, "decode/0/0": False},
-    "a router killed": {"router/0": True},
-    "all workers killed": {f"{pool}/{index}/0": True for pool in ("prefill", "decode") for index in range(2)},
+AWAY_S = 6.0  # how long a frozen worker stands still, and what is cut stays so
+SPLITSERVE = [sys.executable, "-m", "splitserve"]
+Fate = Literal["killed", "frozen", "cut off", "KV cut off"]
+PLANS: dict[str, dict[str, Fate]] = {
+    "a prefill killed": {"prefill/0/0": "killed"},
+    "a decode killed": {"decode/0/0": "killed"},
+    "both decodes killed": {f"decode/{index}/0": "killed" for index in range(2)},
+    "a prefill and a decode frozen": {"prefill/0/0": "frozen", "decode/0/0": "frozen"},
+    "the KV links of a decode cut": {"decode/0/0": "KV cut off"},
+    "a decode cut off": {"decode/0/0": "cut off"},
+    "a router killed": {"router/0": "killed"},
+    "all workers killed": {f"{pool}/{index}/0": "killed" for pool in ("prefill", "decode") for index in range(2)},
 }
 PUBLISHED = {"a prefill killed": 2.0, "both decodes killed": 600.0, "a router killed": 136.0}
 
 
 @dataclass
 class Answer:
-    """Tokens as they came, or the error. `arrivals` are seconds of `perf_counter`."""
+    """Tokens as they came, or the error. `arrivals` are seconds of `perf_counter`; `losses`: of engines under it."""
 
     tokens: list[int] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
+    losses: int = 0
     error: str = ""
 
     def gap_s(self, moment: float) -> float | None:
@@ -63,10 +71,31 @@ class Answer:
 
 
 @dataclass
-class Strike:
-    """Processes to kill (True) or to freeze for a while, `after` so many requests have come. `at`: when it was done."""
+class Target:
+    """A worker's process and what becomes of it. `ports`: those of its own that are cut; `closed`: all that now are."""
 
-    targets: list[tuple[int, bool]]
+    pid: int
+    fate: Fate
+    ports: frozenset[int] = frozenset()
+    closed: set[int] = field(default_factory=set)
+
+    def strike(self) -> None:
+        if self.ports:
+            self.closed = network.cut(self.pid, self.ports)
+        else:
+            os.kill(self.pid, signal.SIGKILL if self.fate == "killed" else signal.SIGSTOP)
+
+    def mend(self) -> None:
+        network.mend(self.closed)
+        if self.fate == "frozen":
+            os.kill(self.pid, signal.SIGCONT)
+
+
+@dataclass
+class Strike:
+    """What happens to `targets`, `after` so many requests have come and `pause_s` later. `at`: when that was."""
+
+    targets: list[Target]
     after: int
     pause_s: float
     at: float = 0.0
@@ -74,14 +103,13 @@ class Strike:
     async def come(self) -> None:
         await asyncio.sleep(self.pause_s)
         self.at = time.perf_counter()
-        for pid, kill in self.targets:
-            os.kill(pid, signal.SIGKILL if kill else signal.SIGSTOP)
-        asyncio.get_running_loop().call_later(FREEZE_S, self._thaw)
+        for target in self.targets:
+            target.strike()
 
-    def _thaw(self) -> None:
-        for pid, kill in self.targets:
-            if not kill:
-                os.kill(pid, signal.SIGCONT)
+    async def pass_by(self) -> None:
+        await asyncio.sleep(self.at + AWAY_S - time.perf_counter())
+        for target in self.targets:
+            target.mend()
 
 
 def main() -> None:
@@ -89,10 +117,12 @@ def main() -> None:
     parser.add_argument("plans", nargs="*", metavar="PLAN", help=f"of {', '.join(PLANS)} (default: all)")
     parser.add_argument("--requests", type=int, default=800, help="of each plan (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and moments")
+    parser.add_argument("--check", action="store_true", help="write no rows: only tell what was lost")
     options = parser.parse_args()
     plans = options.plans or list(PLANS)
     if not set(plans) <= set(PLANS):
         parser.error(f"plans: found {', '.join(plans)}; expected some of {', '.join(PLANS)}")
+    network.enter()
     failed = False
     with cluster():
         expected = asyncio.run(ask_all(options.requests, options.seed))
@@ -100,7 +130,11 @@ def main() -> None:
         for number, plan in enumerate(plans):
             strike = new_strike(plan, options.requests, random.Random(f"{options.seed}, plan {number}"))
             answers = asyncio.run(ask_all(options.requests, options.seed, strike))
-            failed |= report(plan, strike, answers, expected)
+            found = rows(plan, strike, answers, expected)
+            failed |= any(row.figure.value for row in found if row.unit == "requests")
+            show(found) if options.check else write(found)
+            for reason, count in Counter(answer.error for answer in answers if answer.error).items():
+                print(f"{plan}: {count} x {reason}", flush=True)
             wait_until_ready()
     raise SystemExit(failed)
 
@@ -128,8 +162,18 @@ def cluster() -> Iterator[None]:
 def new_strike(plan: str, requests: int, dice: random.Random) -> Strike:
     """When about half of the requests have come, at a random moment of some request."""
     found = units()
-    targets = [(found[name]["workers"][0]["pid"], kill) for name, kill in PLANS[plan].items()]
-    return Strike(targets, requests // 2 + dice.randrange(AT_ONCE), dice.uniform(0.0, 0.1))
+    targets = [new_target(name, found[name]["workers"][0]["pid"], fate) for name, fate in PLANS[plan].items()]
+    return Strike(targets, requests // 2 + dice.randrange(AT_ONCE), dice.uniform(0.0, 2.0))
+
+
+def new_target(name: str, pid: int, fate: Fate) -> Target:
+    if fate in ("killed", "frozen"):
+        return Target(pid, fate)
+    lines = subprocess.run([*SPLITSERVE, "logs", name], check=True, capture_output=True, text=True).stdout
+    routers_port = int(re.findall(rf"{name} serves at tcp://127.0.0.1:(\d+)", lines)[-1])
+    kv_ports = network.listening(pid) - {routers_port}
+    assert kv_ports
+    return Target(pid, fate, frozenset(kv_ports if fate == "KV cut off" else {routers_port, *kv_ports}))
 
 
 async def ask_all(requests: int, seed: int, strike: Strike | None = None) -> list[Answer]:
@@ -140,6 +184,7 @@ async def ask_all(requests: int, seed: int, strike: Strike | None = None) -> lis
         for number in numbers:
             if strike is not None and number == strike.after:
                 await strike.come()
+                group.create_task(strike.pass_by())
             await ask(client, number, seed, answers[number])
 
     async with AsyncClient(ROUTERS) as client, asyncio.TaskGroup() as group:
@@ -163,39 +208,28 @@ async def ask(client: AsyncClient, number: int, seed: int, answer: Answer) -> No
         async for delta in stream:
             answer.tokens += delta.token_ids
             answer.arrivals.append(time.perf_counter())
+        answer.losses = (await stream.result()).summary.losses
     except SplitserveClientError as error:
         answer.error = str(error)
 
 
-def report(plan: str, strike: Strike, answers: Sequence[Answer], expected: Sequence[Answer]) -> bool:
-    """Rows; whether a request was lost or answered something else."""
-    lost = [answer.error for answer in answers if answer.error]
+def rows(plan: str, strike: Strike, answers: Sequence[Answer], expected: Sequence[Answer]) -> list[Row]:
+    """How long streams stood still is that of those that had to go on elsewhere; where none had to, of all."""
+    lost = sum(bool(answer.error) for answer in answers)
     other = sum(mine.tokens != theirs.tokens for mine, theirs in zip(answers, expected, strict=True) if not mine.error)
-    gaps = [gap for answer in answers if (gap := answer.gap_s(strike.at)) is not None]
+    went_on = [answer for answer in answers if answer.losses] or answers
+    gaps = [gap for answer in went_on if (gap := answer.gap_s(strike.at)) is not None]
     case, peer = f"tiny-moe, {len(answers)} requests, {plan}", PUBLISHED.get(plan)
-    write(
-        [
-            Row(
-                "chaos",
-                case,
-                "lost",
-                "requests",
-                Figure.of([len(lost)]),
-                "published" if peer else "none",
-                peer,
-                "lower",
-            ),
-            Row("chaos", case, "other tokens", "requests", Figure.of([other]), "none", None, "lower"),
-            Row("chaos", case, "without tokens", "s", Figure.of(gaps), "none", None, "lower"),
-        ]
-    )
-    for reason in sorted(set(lost)):
-        print(f"{plan}: {lost.count(reason)} x {reason}", flush=True)
-    return bool(lost or other)
+    published = "published" if peer else "none"
+    return [
+        Row("chaos", case, "lost", "requests", Figure.of([lost]), published, peer, "lower"),
+        Row("chaos", case, "other tokens", "requests", Figure.of([other]), "none", None, "lower"),
+        *([Row("chaos", case, "without tokens", "s", Figure.of(gaps), "none", None, "lower")] if gaps else []),
+    ]
 
 
 def units() -> dict[str, Any]:
-    command = [sys.executable, "-m", "splitserve", "status", NAME, "--json"]
+    command = [*SPLITSERVE, "status", NAME, "--json"]
     status = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return {unit["name"]: unit for unit in status["units"]}
 

@@ -77,6 +77,11 @@ def write(rows: Sequence[Row]) -> None:
         RESULTS.mkdir(exist_ok=True)
         with (RESULTS / f"{row.bench}.jsonl").open("a") as file:
             file.write(json.dumps(row.as_json()) + "\n")
+    show(rows)
+
+
+def show(rows: Sequence[Row]) -> None:
+    for row in rows:
         peer = "" if row.peer_value is None else f"  {row.figure.value / row.peer_value:.3f} x {row.peer}"
         spread = f"[{row.figure.p10:.4g} .. {row.figure.p90:.4g}]"
         print(

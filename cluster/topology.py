@@ -10,13 +10,12 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from splitserve.cluster.topology_pools import DecodePool, PrefillPool
 from splitserve.cluster.topology_sections import (
     DEFAULT_CHUNK_TOKENS,
-    DecodePool,
     Hosts,
     KvTransfer,
     Model,
-    PrefillPool,
     Role,
     Router,
     Section,

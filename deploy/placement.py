@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from splitserve.cluster.topology_sections import DecodePool, Hosts, PrefillPool
+from splitserve.cluster.topology_pools import DecodePool, PrefillPool
+from splitserve.cluster.topology_sections import Hosts
 
 ROUNDING = 1e-6
 

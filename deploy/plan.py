@@ -12,7 +12,8 @@ from splitserve.cluster.errors import TopologyError, TopologyErrors
 from splitserve.cluster.layout import DTYPE_BYTES, KvLayout
 from splitserve.cluster.topology import Topology
 from splitserve.cluster.topology_file import TopologyFile
-from splitserve.cluster.topology_sections import DecodePool, Layout, PrefillPool, Role
+from splitserve.cluster.topology_pools import DecodePool, Layout, PrefillPool
+from splitserve.cluster.topology_sections import Role
 from splitserve.cluster.units import format_bytes
 from splitserve.deploy.placement import Placement, Slot
 from splitserve.models.config import ModelConfig

@@ -65,11 +65,14 @@ class Supervisor:
         self._deaths: dict[str, Deaths] = defaultdict(Deaths)
         self._status = ClusterStatus(spec.topology.name, _kv_path(spec.topology))
         self._logs = {SUPERVISOR: (_node(), _start_logging(spec))}
+        self._all_heard = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._supervise, name="supervise", daemon=True)
         self._thread.start()
 
     def status(self) -> ClusterStatus:
+        """How the cluster is. A supervisor that has just come hears first how the units are that it found."""
+        self._all_heard.wait()
         return self._status
 
     def desired(self) -> Desired:
@@ -242,6 +245,8 @@ class Supervisor:
                 role = unit.role or "router"
                 units.append(UnitStatus(name, role, state, (), deaths.total, deaths.last_reason, "", current=True))
         self._status = replace(self._status, generation=desired.generation, units=tuple(units))
+        if all(view.draining is not None for view in observed.values()):
+            self._all_heard.set()
 
 
 def _digest(desired: Desired, unit: Unit) -> str:

@@ -13,7 +13,8 @@ from splitserve.engine.kv_cache import KvCache
 from splitserve.kv_transfer import nccl
 from splitserve.kv_transfer.cuda_ipc import CudaMapping, CudaSegment
 from splitserve.kv_transfer.device_mover import DeviceMover
-from splitserve.kv_transfer.linked import LinkedReceiver, LinkedSender
+from splitserve.kv_transfer.linked_receiver import LinkedReceiver
+from splitserve.kv_transfer.linked_sender import LinkedSender
 from splitserve.kv_transfer.mover import HostMover, Mover
 from splitserve.kv_transfer.pinned import PinnedMapping, PinnedSegment
 from splitserve.kv_transfer.segments import Attach, HostSender, Segment

@@ -16,6 +16,8 @@ from typing import Literal, Protocol
 
 import torch
 
+IDLE = "not used"
+PATIENCE_S = 3.0  # a payload takes milliseconds: one that takes this long has lost its other end
 LOOKS = 4  # at a link's progress, in the time after which it goes down
 
 
@@ -121,3 +123,20 @@ class Link:
             if oldest is not None and self._clock() - oldest.began > self._patience_s:
                 self.drop(f"no progress for {self._patience_s:g} s")
         pair.abort()
+
+
+def make_room(links: list[Link], ending: list[Link], most: int) -> bool:
+    """Whether another link may be made, after the idle one that was used longest ago has left, where that helps.
+
+    An end that is down counts while it has its communicator: one that has met nobody may wait for that for good.
+    """
+    if len(links) + sum(link.is_aborting for link in ending) < most:
+        return True
+    idle = [link for link in links if link.state == "up" and link.idle]
+    if idle:
+        min(idle, key=lambda link: link.used_at).drop(IDLE)
+    return False
+
+
+def not_over(ending: list[Link]) -> list[Link]:
+    return [link for link in ending if not link.join(0)]

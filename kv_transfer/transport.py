@@ -1,7 +1,7 @@
 """What carries frames from a sending to a receiving rank.
 
-Over TCP (tcp.py), between hosts through NCCL (linked.py), within one through memory that both reach (segments.py), and
-within a process, with faults, for tests (memory.py).
+Over TCP (tcp.py), between hosts through NCCL (linked_sender.py, linked_receiver.py), within one through memory that
+both reach (segments.py), and within a process, with faults, for tests (memory.py).
 
 A transport moves bytes and knows nothing of transfers. It may lose, repeat, delay, reorder or damage whatever it
 carries; sender and receiver are built for that. It never raises for what a peer did.

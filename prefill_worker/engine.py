@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -31,12 +31,9 @@ from splitserve.cluster.messages import (
     EngineSpeed,
     EngineStats,
     Failed,
-    FirstToken,
     HandOff,
     Prefill,
     PrefixUpdate,
-    SampleToken,
-    TokenLogprobs,
 )
 from splitserve.engine.batch import Batch, Chunk
 from splitserve.engine.block_manager import BlockManager
@@ -44,11 +41,11 @@ from splitserve.engine.device_sampler import PendingTokens, TokenChooser
 from splitserve.engine.grammar import Grammars, GrammarState, wait_for_mask
 from splitserve.engine.pace import Throughput
 from splitserve.engine.ranks import Ranks
-from splitserve.engine.sampler import prompt_logprobs
 from splitserve.engine.sequence import ModelLimits, Sequence
 from splitserve.engine.serving import Send
 from splitserve.engine.to_device import to_device
 from splitserve.prefill_worker.outlet import KvOutlet
+from splitserve.prefill_worker.prompt_request import PromptRequest
 from splitserve.prefill_worker.scheduler import plan_chunks
 
 log = logging.getLogger(__name__)
@@ -63,31 +60,11 @@ class PrefillLimits:
     model: ModelLimits
 
 
-@dataclass(eq=False)
-class _Request:
-    router: bytes
-    message: Prefill
-    sequence: Sequence
-    arrived: float
-    uncached: int
-    started: float = 0.0
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-
-    @property
-    def transfer_id(self) -> str:
-        return self.message.ticket.transfer_id
-
-    @property
-    def can_begin(self) -> bool:
-        """Whether the mask of its first token is there, if it needs one."""
-        return self.sequence.grammar is None or self.sequence.grammar.ready
-
-
 @dataclass(frozen=True)
 class _Launched:
     """A batch under way: the prompts that end with it, each with its samples, and the tokens of all of these."""
 
-    prompts: list[tuple[_Request, list[Sequence]]]
+    prompts: list[tuple[PromptRequest, list[Sequence]]]
     tokens: PendingTokens
     prompt_tokens: int
     began: float
@@ -113,9 +90,9 @@ class PrefillEngine:
         self._name, self._incarnation, self._layout = name, incarnation, layout
         self._ranks, self._blocks, self._outlet, self._chooser = ranks, blocks, outlet, chooser
         self._limits, self._grammars, self._send, self._clock = limits, grammars, send, clock
-        self._waiting: deque[_Request] = deque()
-        self._running: list[_Request] = []
-        self._sending: dict[str, _Request] = {}
+        self._waiting: deque[PromptRequest] = deque()
+        self._running: list[PromptRequest] = []
+        self._sending: dict[str, PromptRequest] = {}
         self._under_way: deque[_Launched] = deque()
         self._throughput = Throughput(clock)
         self._counts: Counter[str] = Counter()
@@ -133,7 +110,7 @@ class PrefillEngine:
         """Settle transfers, admit prompts, launch one packed batch of chunks, finish what the device is done with."""
         self._settle_transfers()
         late = self._without_mask()
-        chunks: list[tuple[_Request, int]] = []
+        chunks: list[tuple[PromptRequest, int]] = []
         if len(self._under_way) < 2:  # the device always has the next one waiting
             self._admit()
             chunks = self._next_chunks()
@@ -197,7 +174,7 @@ class PrefillEngine:
     def _submit(self, router: bytes, item: Prefill) -> None:
         sequence = Sequence.of(item, 0, self._limits.model)
         uncached = len(item.token_ids) - self._blocks.cached_tokens(item.token_ids, item.extra_keys)
-        request = _Request(router, item, sequence, self._clock(), uncached)
+        request = PromptRequest(router, item, sequence, self._clock(), uncached)
         try:
             self._check(item)
         except SplitserveError as error:
@@ -220,7 +197,7 @@ class PrefillEngine:
             if mine and item.sample is None:
                 self._drop(request, "cancelled")
 
-    def _requests(self) -> list[_Request]:
+    def _requests(self) -> list[PromptRequest]:
         return [*self._waiting, *self._running, *self._sending.values()]
 
     def _admit(self) -> None:
@@ -264,38 +241,31 @@ class PrefillEngine:
     def _pending_tokens(self) -> int:
         return sum(request.sequence.pending_tokens for request in self._running)
 
-    def _next_chunks(self) -> list[tuple[_Request, int]]:
+    def _next_chunks(self) -> list[tuple[PromptRequest, int]]:
         sizes = plan_chunks([request.sequence.pending_tokens for request in self._running], self._limits.chunk_tokens)
         return [(request, size) for request, size in zip(self._running, sizes, strict=True) if size]
 
-    def _launch(self, chunks: list[tuple[_Request, int]]) -> _Launched:
+    def _launch(self, chunks: list[tuple[PromptRequest, int]]) -> _Launched:
         """Compute `chunks` and choose the first tokens of the prompts that end with them."""
         began = self._clock()
-        batch = Batch.of([Chunk(request.sequence, size, _wanted_logits(request, size)) for request, size in chunks])
+        batch = Batch.of([Chunk(request.sequence, size, request.wanted_logits(size)) for request, size in chunks])
         written = [(request.transfer_id, request.sequence.computed_tokens + size) for request, size in chunks]
         logits: torch.Tensor = self._ranks.execute(self._outlet.run_command(batch, written))
         prompts, rows, row = [], [], 0
         for request, size in chunks:
-            sequence, wanted = request.sequence, _wanted_logits(request, size)
-            if request.message.params.prompt_logprobs is not None:
-                self._note_prompt_logprobs(request, size, logits[row : row + wanted])
+            sequence, wanted = request.sequence, request.wanted_logits(size)
+            request.note_logprobs(size, logits[row : row + wanted])
             row += wanted
             sequence.computed_tokens += size
             self._counts["prompt_tokens"] += size
             assert sequence.table is not None
             self._blocks.publish(sequence.table, sequence.token_ids, sequence.computed_tokens)
             if not sequence.pending_tokens:
-                prompts.append((request, _samples(request)))
+                prompts.append((request, request.samples()))
                 rows += [row - 1] * request.message.params.n
         samples = [sample for _, samples in prompts for sample in samples]
         tokens = self._chooser.choose(logits[to_device(rows, logits.device)], samples)
         return _Launched(prompts, tokens, sum(size for _, size in chunks), began)
-
-    def _note_prompt_logprobs(self, request: _Request, size: int, rows: torch.Tensor) -> None:
-        sequence, top = request.sequence, request.message.params.prompt_logprobs
-        assert top is not None
-        targets = sequence.token_ids[sequence.computed_tokens + 1 : sequence.computed_tokens + size + 1]
-        request.prompt_logprobs += tuple(prompt_logprobs(rows[: len(targets)], targets, top))
 
     def _finish(self, launched: _Launched) -> None:
         """Answer the routers with the first tokens at once; the KV follows."""
@@ -312,21 +282,8 @@ class PrefillEngine:
             self._counts["output_tokens"] += len(taken)
             self._running.remove(request)
             self._sending[request.transfer_id] = request
-            self._send(request.router, self._first_token(request, tuple(taken)))
+            self._send(request.router, request.first_token(tuple(taken), self._clock()))
             self._outlet.finish(request.transfer_id, HandOff(tuple(token.token_id for token in taken)))
-
-    def _first_token(self, request: _Request, tokens: tuple[SampleToken, ...]) -> FirstToken:
-        table = request.sequence.table
-        wants_prompt = request.message.params.prompt_logprobs is not None
-        return FirstToken(
-            request_id=request.message.request_id,
-            attempt=request.message.attempt,
-            tokens=tokens,
-            prompt_logprobs=request.prompt_logprobs if wants_prompt else None,
-            cached_tokens=table.cached_tokens if table else 0,
-            queue_s=request.started - request.arrived,
-            prefill_s=self._clock() - request.started,
-        )
 
     def _settle_transfers(self) -> None:
         for delivered in self._outlet.poll():
@@ -337,38 +294,25 @@ class PrefillEngine:
                 if delivered.error is not None:
                     self._report(request, WorkerUnavailable(delivered.error))
 
-    def _fail(self, request: _Request, error: SplitserveError) -> None:
+    def _fail(self, request: PromptRequest, error: SplitserveError) -> None:
         self._drop(request, str(error))
         self._report(request, error)
 
-    def _report(self, request: _Request, error: SplitserveError) -> None:
+    def _report(self, request: PromptRequest, error: SplitserveError) -> None:
         message = request.message
         log.warning("%s", error, extra={"request_id": message.request_id})
         self._send(request.router, Failed(message.request_id, message.attempt, error.code, str(error)))
 
-    def _drop(self, request: _Request, reason: str) -> None:
+    def _drop(self, request: PromptRequest, reason: str) -> None:
         if request in self._waiting:
             self._outlet.decline(request.message.ticket, reason)
         else:
             self._outlet.abort(request.transfer_id, reason)
         self._remove(request)
 
-    def _remove(self, request: _Request) -> None:
+    def _remove(self, request: PromptRequest) -> None:
         if request in self._waiting:
             self._waiting.remove(request)
         if request in self._running:
             self._running.remove(request)
         self._sending.pop(request.transfer_id, None)
-
-
-def _samples(request: _Request) -> list[Sequence]:
-    """The request's sequence once for each sample, all prompt computed."""
-    first, count = request.sequence, request.message.params.n
-    return [replace(first, sample=first.sample + n, token_ids=list(first.token_ids)) for n in range(count)]
-
-
-def _wanted_logits(request: _Request, size: int) -> int:
-    """How many of the chunk's last rows need logits: all for prompt log probabilities, else the prompt's last one."""
-    if request.message.params.prompt_logprobs is not None:
-        return size
-    return int(size == request.sequence.pending_tokens)

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from splitserve.cluster.topology import Topology
-from splitserve.cluster.topology_sections import DecodePool, PrefillPool
+from splitserve.cluster.topology_pools import DecodePool, PrefillPool
 from splitserve.cluster.units import format_bytes, parse_bytes
 
 MINIMAL: dict[str, Any] = {"name": "demo", "model": {"path": "folder/some-model.gguf"}}

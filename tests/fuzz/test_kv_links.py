@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from splitserve.cluster.channel import Socket
 from splitserve.cluster.errors import ProtocolError
-from splitserve.kv_transfer.linked import MARK, MOST_ENDING, KvPart, KvPut, LinkedReceiver
+from splitserve.kv_transfer.link_messages import MARK, KvPart, KvPut
+from splitserve.kv_transfer.linked_receiver import MOST_ENDING, LinkedReceiver
 from splitserve.kv_transfer.protocol import unseal
 from splitserve.kv_transfer.tcp import TcpReceiver
 from splitserve.kv_transfer.transport import Arrival

@@ -12,7 +12,7 @@ import torch
 from splitserve.cluster.codec import unpack
 from splitserve.cluster.messages import Ticket
 from splitserve.kv_transfer.by_device import new_host_sender, new_mover
-from splitserve.kv_transfer.linked import LinkedSender
+from splitserve.kv_transfer.linked_sender import LinkedSender
 from splitserve.kv_transfer.protocol import SenderEvent
 from splitserve.kv_transfer.segments import HostSender
 from splitserve.kv_transfer.sender import KvSender

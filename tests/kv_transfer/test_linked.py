@@ -14,7 +14,9 @@ from splitserve.cluster.channel import KV_IDLE_S
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.messages import RankEndpoint
 from splitserve.cluster.topology import PACKED_BYTES
-from splitserve.kv_transfer.linked import FRAMES, MARK, RETRY_S, KvPut, LinkedReceiver, LinkedSender
+from splitserve.kv_transfer.link_messages import MARK, KvPut
+from splitserve.kv_transfer.linked_receiver import LinkedReceiver
+from splitserve.kv_transfer.linked_sender import FRAMES, RETRY_S, LinkedSender
 from splitserve.kv_transfer.links import Link
 from splitserve.kv_transfer.protocol import seal
 from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from splitserve.cluster.layout import KvLayout
-from splitserve.kv_transfer.linked import LinkedReceiver
+from splitserve.kv_transfer.linked_receiver import LinkedReceiver
 from splitserve.kv_transfer.nccl import PAIR_BYTES
 from splitserve.kv_transfer.protocol import Freed, ReceiveFailed, Verified
 from tests.kv_transfer.ranks import assert_same, dense_kv, expected_cache, layout

@@ -18,7 +18,8 @@ from torch._C._distributed_c10d import Store
 from splitserve.cluster.messages import RankEndpoint
 from splitserve.engine.group import host_store, join_store
 from splitserve.kv_transfer.by_device import new_host_sender, new_linked_receiver, new_segment
-from splitserve.kv_transfer.linked import LinkedReceiver, LinkedSender
+from splitserve.kv_transfer.linked_receiver import LinkedReceiver
+from splitserve.kv_transfer.linked_sender import LinkedSender
 from splitserve.kv_transfer.links import Pair, Transit
 from splitserve.kv_transfer.nccl import PAIR_BYTES
 from splitserve.kv_transfer.segments import HostSender, SegmentReceiver
