@@ -205,7 +205,7 @@ class Dispatcher:
             placement = place(prefills, untried, self._policy, counter, wanted, linked)
             self._refuse_late(request, next(one for one in prefills if one.engine == placement.prefill), wanted)
             attempt = request.attempt(samples, placement, wanted.uncached(placement.prefill))
-            self.metrics.attempts.labels("busy" if refusals else why).inc()
+            self.metrics.attempts["busy" if refusals else why].inc()
             source, decode = self.engines.layout(placement.prefill), placement.decode
             lacking = 0 if decode == placement.prefill else wanted.uncached(decode)
             self.engines.place(decode, attempt.reserve(source, request.remaining_s), lacking)

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from splitserve.cluster.errors import SplitserveError
 from splitserve.cluster.messages import Busy, Failed, FirstToken, Granted, Joined, SampleToken, TokenLogprobs
@@ -197,15 +198,16 @@ class Request:
 
     def trace(self, code: str) -> RequestTrace:
         """Where its time went, now that it is over with a gRPC status."""
+        ended = time.monotonic()
         return RequestTrace(
             request_id=self.id,
             code=code,
             began=self.timeline.arrived,
-            ended=time.monotonic(),
+            ended=ended,
             prompt_tokens=len(self._token_ids),
             cached_tokens=self._cached_tokens or 0,
             output_tokens=sum(len(sample.token_ids) for sample in self.samples),
-            spans=self.timeline.spans(),
+            spans=partial(self.timeline.spans, ended),
         )
 
     def _answer(self, attempt: Attempt, reply: Granted | Busy) -> None:

@@ -131,9 +131,8 @@ class Timeline:
         if leg := self._legs.get(attempt):
             leg.lost, leg.reason = self._waits_from, reason
 
-    def spans(self) -> list[Span]:
-        """The phases of all attempts so far."""
-        now = time.monotonic()
+    def spans(self, now: float) -> list[Span]:
+        """The phases of all attempts, until `now`."""
         spans = [span for leg in self._legs.values() for span in leg.spans(self._last_token or now, now)]
         waits = not self._legs or all(leg.lost is not None for leg in self._legs.values())
         return [*spans, Span("queue", "", self._waits_from, now)] if waits else spans

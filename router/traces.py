@@ -8,7 +8,7 @@ import re
 import statistics
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from splitserve.cluster.errors import NotFound
@@ -20,7 +20,10 @@ RECENT_S = 60.0
 
 @dataclass(frozen=True)
 class RequestTrace:
-    """A request that ended with the gRPC status `code`; times in seconds of the monotonic clock."""
+    """A request that ended with the gRPC status `code`; times in seconds of the monotonic clock.
+
+    `spans` makes its phases: most traces are never looked at.
+    """
 
     request_id: str
     code: str
@@ -29,7 +32,7 @@ class RequestTrace:
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
-    spans: Sequence[Span]
+    spans: Callable[[], Sequence[Span]]
 
     @property
     def attributes(self) -> dict[str, str | int]:
@@ -111,7 +114,7 @@ def chrome_trace(traces: Sequence[RequestTrace]) -> str:
     for thread, trace in zip(itertools.count(1), traces):
         whole = Span("request", "", trace.began, trace.ended, trace.attributes)
         seen: set[int] = set()
-        for span in (whole, *trace.spans):
+        for span in (whole, *trace.spans()):
             process = processes.setdefault(span.engine, len(processes) + 1)
             if process not in seen:
                 seen.add(process)

@@ -67,7 +67,7 @@ class TraceExport:
         root = self._tracer("router").start_span("request", caller, SpanKind.SERVER, attributes, start_time=began)
         if root.is_recording():
             within = set_span_in_context(root, Context())
-            for span in trace.spans:
+            for span in trace.spans():
                 tracer = self._tracer(span.engine.partition("/")[0] or "router")
                 named = _named(span.attributes) | ({"splitserve.engine": span.engine} if span.engine else {})
                 child = tracer.start_span(span.name, within, attributes=named, start_time=nanoseconds(span.start))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,15 +11,15 @@ from typing import Any
 
 import httpx2
 import pytest
-from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import CollectorRegistry, Histogram, Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
+from prometheus_client.registry import Collector
 
 from splitserve.client import AsyncClient, SplitserveClientError
 from splitserve.cluster.errors import SplitserveError
-from splitserve.router.engine_metrics import EngineCollector
 from splitserve.router.fake_engine import Behaviour, FakeCluster
-from splitserve.router.metrics import TOKEN_SECONDS, TokenHistogram, outcome
+from splitserve.router.metrics import TOKEN_SECONDS, LeanHistogram, outcome
 from splitserve.router.service import RouterService
 from tests.router.routers import MODEL, eventually, running_router
 
@@ -229,8 +230,8 @@ def test_a_status_that_is_none_counts_as_internal() -> None:
     assert codes == ["INTERNAL", "INTERNAL"]
 
 
-def test_the_histogram_of_tokens_counts_as_the_librarys_does() -> None:
-    ours = TokenHistogram("gap_seconds", "Gaps.")
+def test_a_histogram_counts_as_the_librarys_does() -> None:
+    ours = LeanHistogram("gap_seconds", "Gaps.", TOKEN_SECONDS)
     theirs = Histogram("gap_seconds", "Gaps.", buckets=TOKEN_SECONDS, registry=CollectorRegistry())
     for value in [0.0, 0.001, 0.0011, *TOKEN_SECONDS, 2.6, 1e9]:
         ours.observe(value)
@@ -247,45 +248,33 @@ def test_the_histogram_of_tokens_counts_as_the_librarys_does() -> None:
     assert sorted(map(str, samples(ours.collect()))) == sorted(map(str, samples(iter(theirs.collect()))))
 
 
-def test_scrapes_of_many_engines_do_not_hold_up_streams() -> None:
-    async def scenario() -> None:
-        async with running_router(cluster) as (service, client):
-            (engine, *_) = service.dispatcher.engines
-            many = EngineCollector([engine] * 1000)
-            service.dispatcher.metrics.registry.register(_Renamed(many))
-            stream = client.generate([5, 6, 7], max_tokens=150)
-            gaps, last = [], time.monotonic()
-            scraping = asyncio.ensure_future(_scrape_for(service, 0.7))
-            async for _ in stream:
-                gaps.append(time.monotonic() - last)
-                last = time.monotonic()
-            took = await scraping
-            assert max(took) > 0.1, "or nothing was to be noticed"
-            assert sorted(gaps)[len(gaps) * 9 // 10] < 0.1
+class _Witness(Collector):
+    """Notes which threads collect, and how many do at once."""
 
-    with FakeCluster(behaviour=Behaviour(step_s=0.005)) as cluster:
-        asyncio.run(scenario())
+    def __init__(self) -> None:
+        self.threads: set[int] = set()
+        self.at_once, self.most_at_once = 0, 0
 
-
-class _Renamed(EngineCollector):
-    """A thousand engines more, under names of their own."""
-
-    def __init__(self, inner: EngineCollector) -> None:
-        self._inner = inner
-
-    def describe(self) -> list[Any]:
+    def describe(self) -> list[Metric]:
         return []
 
-    def collect(self) -> Iterator[Any]:
-        for family in self._inner.collect():
-            family.name = f"many_{family.name}"
-            yield family
+    def collect(self) -> list[Metric]:
+        self.threads.add(threading.get_ident())
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        time.sleep(0.05)
+        self.at_once -= 1
+        return []
 
 
-async def _scrape_for(service: RouterService, seconds: float) -> list[float]:
-    took, end = [], time.monotonic() + seconds
-    while time.monotonic() < end:
-        began = time.monotonic()
-        await scrape(service)
-        took.append(time.monotonic() - began)
-    return took
+def test_scrapes_leave_the_loop_to_streams_and_follow_one_another() -> None:
+    async def scenario() -> None:
+        async with running_router(cluster) as (service, _):
+            witness = _Witness()
+            service.dispatcher.metrics.registry.register(witness)
+            await asyncio.gather(*(scrape(service) for _ in range(4)))
+        assert threading.get_ident() not in witness.threads
+        assert witness.most_at_once == 1
+
+    with FakeCluster() as cluster:
+        asyncio.run(scenario())

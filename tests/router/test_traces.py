@@ -125,7 +125,7 @@ def test_requests_that_never_got_an_engine_have_waited_all_the_time() -> None:
 
 
 def request_trace(number: int) -> RequestTrace:
-    return RequestTrace(f"r-{number}", "OK", 0.0, 1.0, 1, 0, 1, [Span("queue", "", 0.0, 0.5)])
+    return RequestTrace(f"r-{number}", "OK", 0.0, 1.0, 1, 0, 1, lambda: [Span("queue", "", 0.0, 0.5)])
 
 
 def test_only_the_last_requests_are_kept() -> None:

@@ -42,7 +42,7 @@ SPANS = [
     Span("prefill", "prefill/0/0", 1.5, 2.0, {"attempt": 1, "cached_tokens": 4}),
     Span("decode", "decode/0/0", 2.0, 4.0, {"attempt": 1, "lost": "decode/0/0 silent"}),
 ]
-TRACE = RequestTrace("r-1", "UNAVAILABLE", 1.0, 4.5, 8, 4, 9, SPANS)
+TRACE = RequestTrace("r-1", "UNAVAILABLE", 1.0, 4.5, 8, 4, 9, lambda: SPANS)
 
 
 def exported(traceparent: str | None = None, sample: float = 1.0) -> dict[str, ReadableSpan]:
