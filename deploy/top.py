@@ -68,7 +68,7 @@ def frame(before: Look, now: Look) -> Group:
 
 
 def _routers(now: Look, title: str) -> Table:
-    table = _table("router", "active", "queued", "per min", "TTFT p50", "p99", "TPOT p50", "p99")
+    table = _table("router", "active", "queued", "/min", "TTFT p50", "p99", "TPOT p50", "p99")
     table.title, table.title_justify = title, "left"
     for endpoint, status in now.routers.items():
         if status is None:
@@ -114,7 +114,14 @@ def _engines(before: Look, now: Look) -> Table:
 def _table(first: str, *numbers: str) -> Table:
     """One that fits a terminal of 80 columns."""
     columns = (Column(name, justify="right", no_wrap=True) for name in numbers)
-    return Table(Column(first, no_wrap=True), *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    return Table(
+        Column(first, no_wrap=True),
+        *columns,
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
 
 
 class _Since:
@@ -129,4 +136,11 @@ class _Since:
 
 
 def _latency(latency: Latency) -> tuple[str, str]:
-    return f"{latency.p50_s * 1e3:,.1f} ms", f"{latency.p99_s * 1e3:,.1f} ms"
+    return _time(latency.p50_s), _time(latency.p99_s)
+
+
+def _time(seconds: float) -> str:
+    """In at most eight characters."""
+    if seconds < 0.99995:
+        return f"{seconds * 1e3:.1f} ms"
+    return f"{seconds:.2f} s" if seconds < 100 else f"{seconds:.0f} s"

@@ -95,6 +95,10 @@ def test_silence_and_nothing_are_shown_too() -> None:
 def test_large_numbers_fit_80_columns() -> None:
     busy = replace(DECODE, running=999, slots=1024, waiting=1000, output_tokens=99_999, decode_steps=199)
     words = rendered(look(AT, DECODE), look(AT + 1, replace(busy, preemptions=123_456)))
+    slow = replace(STATUS, active_requests=1024, queued_requests=1000, recent_requests=9999)
+    slow = replace(slow, ttft=Latency(0.9999, 59.994), tpot=Latency(1.0, 600.0))
+    words += rendered(look(AT), Look({"127.0.0.1:50061": slow}, AT))
+    assert ["127.0.0.1:50061", "1024", "1000", "9999", "999.9ms", "59.99", "s", "1.00", "s", "600", "s"] in words
     assert ["decode/0/0", "ready", "999/1024", "1000", "75%", "0", "99,989", "1010.0", "123456"] in words
 
 
