@@ -64,7 +64,7 @@ class Run:
 def measure(load: int, seconds: float) -> Run:
     """Offer `load` tokens per second for `seconds`."""
     streams = round(load * STEP_S)
-    with _child(_run_engines) as engines, _child(_run_router, engines.recv()) as router:
+    with child(_run_engines) as engines, child(_run_router, engines.recv()) as router:
         address, pid = router.recv()
         received, messages, window = asyncio.run(_stream(address, pid, streams, seconds))
         router.send("stop")
@@ -117,20 +117,20 @@ async def _stream(address: str, router_pid: int, streams: int, seconds: float) -
 
     async def watch() -> Window:
         await asyncio.sleep(seconds * 0.3)
-        start, cpu_s = time.monotonic(), _cpu_s(router_pid)
+        start, spent_s = time.monotonic(), cpu_s(router_pid)
         await asyncio.sleep(seconds * 0.6)
-        return Window(start, time.monotonic(), _cpu_s(router_pid) - cpu_s)
+        return Window(start, time.monotonic(), cpu_s(router_pid) - spent_s)
 
     async with grpc.aio.insecure_channel(address) as channel:
         stub = SplitServeStub(channel)
-        await _engines_ready(stub)
+        await engines_ready(stub)
         delays = (stream * seconds * 0.2 / streams for stream in range(streams))
         window = asyncio.create_task(watch())
         await asyncio.gather(*(one(stub, delay_s) for delay_s in delays))
         return received, messages, await window
 
 
-async def _engines_ready(stub: Any) -> None:
+async def engines_ready(stub: Any) -> None:
     for _ in range(500):
         status = await stub.Status(pb.StatusRequest())
         if all(engine.state == pb.ENGINE_STATE_READY for engine in status.engines):
@@ -140,7 +140,7 @@ async def _engines_ready(stub: Any) -> None:
 
 
 @contextmanager
-def _child(run: Any, *arguments: Any) -> Iterator[Connection]:
+def child(run: Any, *arguments: Any) -> Iterator[Connection]:
     """A process that runs `run(connection, *arguments)`, and our end of the connection."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -205,7 +205,7 @@ def _byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def _cpu_s(pid: int) -> float:
+def cpu_s(pid: int) -> float:
     """User and system time of a process so far, in seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
