@@ -150,7 +150,7 @@ class Engine:
     name: str
     role: str
     incarnation: str
-    state: Literal["starting", "ready", "silent"]
+    state: Literal["starting", "ready", "draining", "silent"]
     running: int
     waiting: int
     free_kv_tokens: int

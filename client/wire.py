@@ -32,9 +32,10 @@ from splitserve.router.v1 import splitserve_pb2 as pb
 
 CHANNEL_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 RETRY_AFTER = "retry-after-ms"
-ENGINE_STATES: dict[int, Literal["starting", "ready", "silent"]] = {
+ENGINE_STATES: dict[int, Literal["starting", "ready", "draining", "silent"]] = {
     pb.ENGINE_STATE_STARTING: "starting",
     pb.ENGINE_STATE_READY: "ready",
+    pb.ENGINE_STATE_DRAINING: "draining",
     pb.ENGINE_STATE_SILENT: "silent",
 }
 

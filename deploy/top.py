@@ -15,7 +15,7 @@ from splitserve.client import Client, ClusterStatus, Engine, Latency, Splitserve
 from splitserve.deploy.commands.connection import Credentials
 
 ANSWER_S = 1.0
-STATE_STYLES = {"ready": "green", "starting": "yellow", "silent": "red"}
+STATE_STYLES = {"ready": "green", "starting": "yellow", "draining": "yellow", "silent": "red"}
 
 
 @dataclass(frozen=True)

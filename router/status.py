@@ -64,7 +64,7 @@ def _engine(engine: Engine) -> pb.Engine:
 
 def _state(engine: Engine) -> pb.EngineState.ValueType:
     if engine.ready:
-        return pb.ENGINE_STATE_READY
+        return pb.ENGINE_STATE_DRAINING if engine.member.draining else pb.ENGINE_STATE_READY
     return pb.ENGINE_STATE_STARTING if engine.stats is None else pb.ENGINE_STATE_SILENT
 
 

@@ -54,6 +54,8 @@ class _EngineStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ENGINE_STATE_READY: _EngineState.ValueType  # 2
     ENGINE_STATE_SILENT: _EngineState.ValueType  # 3
     """its last answer is older than the worker timeout"""
+    ENGINE_STATE_DRAINING: _EngineState.ValueType  # 4
+    """ends what it has, and gets nothing new"""
 
 class EngineState(_EngineState, metaclass=_EngineStateEnumTypeWrapper): ...
 
@@ -63,6 +65,8 @@ ENGINE_STATE_STARTING: EngineState.ValueType  # 1
 ENGINE_STATE_READY: EngineState.ValueType  # 2
 ENGINE_STATE_SILENT: EngineState.ValueType  # 3
 """its last answer is older than the worker timeout"""
+ENGINE_STATE_DRAINING: EngineState.ValueType  # 4
+"""ends what it has, and gets nothing new"""
 Global___EngineState: typing_extensions.TypeAlias = EngineState
 
 @typing.final

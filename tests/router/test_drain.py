@@ -28,6 +28,8 @@ def test_a_draining_engine_ends_what_it_has_and_gets_no_more(draining: str) -> N
             await eventually(lambda: all(len(cluster.engines[f"decode/{index}/0"].decoding) == 2 for index in range(2)))
             marked = [replace(member, draining=member.engine == draining) for member in cluster.members]
             service.set_members(marked)
+            states = {engine.name: engine.state for engine in (await client.status()).engines}
+            assert states == dict.fromkeys(states, "ready") | {draining: "draining"}
             late = [await client.generate([5, 6, 7], max_tokens=5).result() for _ in range(6)]
             for completion in late:
                 assert draining not in (completion.summary.prefill_engine, completion.summary.decode_engine)
