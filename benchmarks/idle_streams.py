@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
+
+import grpc
 
 from benchmarks.router import cpu_s
 from benchmarks.router_cost import router_and_engines
 from benchmarks.rows import Figure, Row, write
-from splitserve.client import AsyncClient, Delta
+from splitserve.client import AsyncClient
 from splitserve.router.fake_engine import Behaviour
+from splitserve.router.v1 import splitserve_pb2 as pb
+from splitserve.router.v1.splitserve_pb2_grpc import SplitServeStub
 
 STREAMS, AT_ONCE = 10_000, 500
-CHANNELS = 20  # a router takes 1024 streams of a connection
+CHANNELS = 20  # each with a connection of its own, of which a router takes 1024 streams
+OWN = (("grpc.use_local_subchannel_pool", 1),)
 QUIET_S, ASKED = 20.0, 50
 PROMPT = "What does a router do all day long? " * 4
 
@@ -35,18 +40,20 @@ def main() -> None:
 
 async def measure(pid: int, address: str) -> None:
     async with AsyncExitStack() as stack:
-        clients = [await stack.enter_async_context(AsyncClient(address)) for _ in range(CHANNELS)]
-        alone = await ask(clients[0])
+        channels = [grpc.aio.insecure_channel(address, options=OWN) for _ in range(CHANNELS)]
+        stubs = [SplitServeStub(await stack.enter_async_context(channel)) for channel in channels]
+        client = await stack.enter_async_context(AsyncClient(address))
+        alone = await ask(client)
         before = resident_kib(pid)
-        streams: list[AsyncIterator[Delta]] = []
+        streams: list[Any] = []
         while len(streams) < STREAMS:
-            streams += await asyncio.gather(*(begin(clients[index % CHANNELS]) for index in range(AT_ONCE)))
+            streams += await asyncio.gather(*(begin(stubs[index % CHANNELS]) for index in range(AT_ONCE)))
         kept = (resident_kib(pid) - before) / STREAMS
         spent = cpu_s(pid)
         await asyncio.sleep(QUIET_S)
         cores = (cpu_s(pid) - spent) / QUIET_S
-        beside = await ask(clients[0])
-        assert (await clients[0].status()).active_requests >= STREAMS
+        beside = await ask(client)
+        assert (await client.status()).active_requests >= STREAMS
     case = f"{STREAMS} idle streams"
     write(
         [
@@ -66,10 +73,11 @@ async def measure(pid: int, address: str) -> None:
     )
 
 
-async def begin(client: AsyncClient) -> AsyncIterator[Delta]:
+async def begin(stub: Any) -> Any:
     """A stream that has had its first token."""
-    stream = aiter(client.generate(PROMPT, max_tokens=64, ignore_eos=True))
-    await anext(stream)
+    sampling = pb.Sampling(max_tokens=64, ignore_eos=True)
+    stream = stub.Generate(pb.GenerateRequest(text=PROMPT, sampling=sampling))
+    await stream.read()
     return stream
 
 
