@@ -31,7 +31,7 @@ docs: setup # the docs site, into site/
 bench: setup
 	$(BIN)/python -m benchmarks
 
-chaos: setup # kills and freezes workers of a real CPU cluster; or: make chaos REQUESTS=96
+chaos: setup # kills, freezes and cuts off workers of a real CPU cluster; or: make chaos REQUESTS=96
 	$(BIN)/python -m benchmarks.chaos --requests $(or $(REQUESTS),800)
 
 gpu-test: # on a GPU host, from a bare checkout
