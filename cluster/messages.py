@@ -216,12 +216,20 @@ class Heartbeat:
 class EngineSpeed:
     """How fast an engine has been lately, and what lies before it; 0 where it has not been seen at it.
 
-    `pending_tokens`: prompt tokens that it has yet to compute. `step_s`: of a decode step, while any was running.
+    `pending_tokens`: prompt tokens that it has yet to compute, in batches of up to `batch_tokens`; one of n takes
+    `batch_s + n * token_s`. `step_s`: of a decode step, while any was running.
     """
 
     pending_tokens: int = 0
-    prefill_tokens_per_s: float = 0.0
+    batch_tokens: int = 1
+    batch_s: float = 0.0
+    token_s: float = 0.0
     step_s: float = 0.0
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it has computed a prompt."""
+        return bool(self.batch_s or self.token_s)
 
 
 @message

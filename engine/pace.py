@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 
 KEPT = 0.9  # of what was seen before, with each new look
 
 
-class Throughput:
-    """Tokens a second of batches that follow one another; the time between them does not count.
+class BatchTimes:
+    """What batches of tokens take that follow one another; the time between them does not count.
 
-    `clock` gives seconds, monotonic.
+    Sizes within a factor of two are kept apart: many small batches must not hide what a large one takes. `clock` gives
+    seconds, monotonic.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock, self._last_end = clock, 0.0
-        self._tokens = self._seconds = 0.0
+        self._means: dict[int, tuple[float, float]] = {}  # tokens and seconds, by the length of tokens in bits
 
-    def batch_ended(self, tokens: int, began: float) -> None:
+    def ended(self, tokens: int, began: float) -> None:
         """A batch that was launched at `began` has ended just now. It ran once the one before it had ended."""
         now = self._clock()
-        self._tokens = KEPT * self._tokens + tokens
-        self._seconds = KEPT * self._seconds + now - max(began, self._last_end)
+        seconds = now - max(began, self._last_end)
+        known = self._means.get(tokens.bit_length(), (tokens, seconds))
+        self._means[tokens.bit_length()] = _mixed(known[0], tokens), _mixed(known[1], seconds)
         self._last_end = now
 
     @property
-    def tokens_per_s(self) -> float:
-        """0 before the first batch."""
-        return self._tokens / self._seconds if self._seconds else 0.0
+    def line(self) -> tuple[float, float]:
+        """Seconds of any batch, and of each token more, by least squares; zeros before the first one.
+
+        While all have had about one size, tokens are taken to cost nothing: what is much larger is to be tried.
+        """
+        if len(self._means) < 2:
+            return next(((seconds, 0.0) for _, seconds in self._means.values()), (0.0, 0.0))
+        tokens, seconds = zip(*self._means.values(), strict=True)
+        token_s, batch_s = statistics.linear_regression(tokens, seconds)
+        if token_s < 0:
+            return statistics.fmean(seconds), 0.0
+        if batch_s < 0:
+            return 0.0, statistics.linear_regression(tokens, seconds, proportional=True).slope
+        return batch_s, token_s
 
 
 class StepTime:
@@ -44,9 +58,13 @@ class StepTime:
     def ended(self) -> None:
         """A step has just ended."""
         now = self._clock()
-        self.seconds = KEPT * self.seconds + (1 - KEPT) * (now - self._since) if self.seconds else now - self._since
+        self.seconds = _mixed(self.seconds, now - self._since) if self.seconds else now - self._since
         self._since = now
 
     def rested(self) -> None:
         """No step is wanted."""
         self._since = 0.0
+
+
+def _mixed(before: float, seen: float) -> float:
+    return KEPT * before + (1 - KEPT) * seen

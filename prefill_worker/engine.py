@@ -39,7 +39,7 @@ from splitserve.engine.batch import Batch, Chunk
 from splitserve.engine.block_manager import BlockManager
 from splitserve.engine.device_sampler import PendingTokens, TokenChooser
 from splitserve.engine.grammar import Grammars, GrammarState, wait_for_mask
-from splitserve.engine.pace import Throughput
+from splitserve.engine.pace import BatchTimes
 from splitserve.engine.ranks import Ranks
 from splitserve.engine.sequence import ModelLimits, Sequence
 from splitserve.engine.serving import Send
@@ -94,7 +94,7 @@ class PrefillEngine:
         self._running: list[PromptRequest] = []
         self._sending: dict[str, PromptRequest] = {}
         self._under_way: deque[_Launched] = deque()
-        self._throughput = Throughput(clock)
+        self._batch_times = BatchTimes(clock)
         self._counts: Counter[str] = Counter()
 
     def handle(self, router: bytes, item: object) -> None:
@@ -165,7 +165,7 @@ class PrefillEngine:
             counts=EngineCounts(**self._counts),
             transfers=traffic.transfers,
             links_up=traffic.links_up,
-            speed=EngineSpeed(self._to_compute(), self._throughput.tokens_per_s),
+            speed=EngineSpeed(self._to_compute(), self._limits.chunk_tokens, *self._batch_times.line),
         )
 
     def prefix_update(self, since: int) -> PrefixUpdate | None:
@@ -270,7 +270,7 @@ class PrefillEngine:
     def _finish(self, launched: _Launched) -> None:
         """Answer the routers with the first tokens at once; the KV follows."""
         chosen = iter(launched.tokens.wait())
-        self._throughput.batch_ended(launched.prompt_tokens, launched.began)
+        self._batch_times.ended(launched.prompt_tokens, launched.began)
         for request, samples in launched.prompts:
             tokens = [(sample, next(chosen)) for sample in samples]
             if request not in self._running:

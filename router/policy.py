@@ -14,6 +14,7 @@ Policy = Literal["kv_aware", "least_load", "round_robin"]
 ANSWER_TOKENS = 128  # that an answer is taken to have: how many it will have, nobody knows
 IDLE_ROWS = 16  # a decode step of this many rows takes about twice as long as one of one row
 NEW_LINK_S = 0.005  # what KV may be late by when it is the first to go between two engines
+UNKNOWN = EngineSpeed(token_s=1.0)
 TIE_S = 0.002  # costs that differ by less are equal, and engines take turns
 
 
@@ -92,19 +93,24 @@ def place(
 def predicted_ttfts(prefills: Sequence[EngineView], wanted: Wanted) -> dict[str, float]:
     """Seconds to the first token on each prefill engine: for what waits there, and what it lacks of the prompt.
 
-    An engine that has computed nothing yet is taken to be as fast as the fastest one; where all are new, in tokens.
+    An engine that has computed nothing yet is taken to be as fast as the others; where all are new, in tokens.
     """
-    fastest = max(one.speed.prefill_tokens_per_s for one in prefills) or 1.0
-    return {
-        one.engine: (one.speed.pending_tokens + one.placed_tokens + wanted.uncached(one.engine))
-        / (one.speed.prefill_tokens_per_s or fastest)
-        for one in prefills
-    }
+    seen = [one.speed for one in prefills if one.speed.is_known]
+    typical = min(seen, key=lambda speed: speed.batch_s + speed.batch_tokens * speed.token_s, default=UNKNOWN)
+    times = {}
+    for one in prefills:
+        speed = one.speed if one.speed.is_known else typical
+        tokens = one.speed.pending_tokens + one.placed_tokens + wanted.uncached(one.engine)
+        times[one.engine] = -(-tokens // speed.batch_tokens) * speed.batch_s + tokens * speed.token_s
+    return times
 
 
 def lateness(prefill: EngineView, wanted: Wanted, limit_s: float) -> float:
-    """By how many seconds the first token is predicted to come after `limit_s`; 0 for an engine that is still new."""
-    if not prefill.speed.prefill_tokens_per_s:
+    """By how many seconds the first token is predicted to come after `limit_s`.
+
+    0 for an engine that is new, or that has nothing to do: what it was seen to take may be long ago.
+    """
+    if not prefill.speed.is_known or not prefill.speed.pending_tokens + prefill.placed_tokens:
         return 0.0
     return max(predicted_ttfts([prefill], wanted)[prefill.engine] - limit_s, 0.0)
 
@@ -128,34 +134,35 @@ def predicted_answer_times(decodes: Sequence[EngineView], wanted: Wanted) -> dic
     return times
 
 
-def _decode_costs(policy: Policy, decodes: Sequence[EngineView], wanted: Wanted) -> dict[str, float]:
+def _decode_costs(policy: Policy, decodes: Sequence[EngineView], wanted: Wanted) -> dict[str, tuple[float, ...]]:
     match policy:
         case "kv_aware":
             times = predicted_answer_times(decodes, wanted)
             if decodes[0].role == "colocated":
                 ttfts = predicted_ttfts(decodes, wanted)
                 times = {name: time + ttfts[name] for name, time in times.items()}
-            return {name: time // TIE_S for name, time in times.items()}
+            return {name: (time // TIE_S,) for name, time in times.items()}
         case "least_load":
-            return {one.engine: one.load for one in decodes}
+            return {one.engine: (one.load,) for one in decodes}
         case "round_robin":
-            return dict.fromkeys((one.engine for one in decodes), 0)
+            return dict.fromkeys((one.engine for one in decodes), ())
 
 
 def _prefill_costs(
     policy: Policy, prefills: Sequence[EngineView], wanted: Wanted, near: Collection[str]
-) -> dict[str, float]:
+) -> dict[str, tuple[float, ...]]:
     match policy:
         case "kv_aware":
             ttfts = predicted_ttfts(prefills, wanted)
-            return {name: (ttft + NEW_LINK_S * (name not in near)) // TIE_S for name, ttft in ttfts.items()}
+            times = {name: (ttft + NEW_LINK_S * (name not in near)) // TIE_S for name, ttft in ttfts.items()}
+            return {name: (time, wanted.uncached(name)) for name, time in times.items()}
         case "least_load":
-            return {one.engine: one.load + 0.5 * (one.engine not in near) for one in prefills}
+            return {one.engine: (one.load + 0.5 * (one.engine not in near),) for one in prefills}
         case "round_robin":
-            return dict.fromkeys((one.engine for one in prefills), 0)
+            return dict.fromkeys((one.engine for one in prefills), ())
 
 
-def _cheapest(engines: Sequence[EngineView], costs: Mapping[str, float], counter: int) -> EngineView:
+def _cheapest(engines: Sequence[EngineView], costs: Mapping[str, tuple[float, ...]], counter: int) -> EngineView:
     least = min(costs.values())
     equal = [engine for engine in engines if costs[engine.engine] == least]
     return equal[counter % len(equal)]

@@ -11,9 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from splitserve.cluster.log import log_path
 from splitserve.deploy.cluster_state import SHARED_MEMORY, ClusterFolder, ClusterState
 from splitserve.deploy.processes import session_members
 
@@ -133,3 +135,21 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> No
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
         time.sleep(0.05)
+
+
+def away_s(name: str, worker: str, role: str) -> float:
+    """Seconds from the last time that `worker` began to drain until it served `role`."""
+    logs = ClusterFolder(name).logs
+    drained, served = (
+        max(datetime.fromisoformat(line["time"]) for line in json_lines(file) if words in line["message"])
+        for file, words in (
+            (log_path(logs, "supervisor"), f"{worker} drains"),
+            (log_path(logs, worker), f" as {role}"),  # its leader has its name where dp is 1
+        )
+    )
+    return (served - drained).total_seconds()
+
+
+def json_lines(file: Path) -> list[dict[str, Any]]:
+    """Of a log; libraries write other lines, too."""
+    return [json.loads(line) for line in file.read_text().splitlines() if line.startswith("{")]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.deploy.clusters import free_port, succeed
+from tests.deploy.clusters import away_s, free_port, state_of, succeed
+from tests.deploy.load import Load
 
 pytestmark = pytest.mark.gpu
 
@@ -75,3 +76,29 @@ def test_tensor_parallel_over_nccl(tiny_model: Path, tmp_path: Path) -> None:
         finally:
             succeed("down", name)
     assert answers[0] == answers[1]
+
+
+FOUR = """
+name: {name}
+model: {{path: {model}, context: 1024, dtype: bfloat16}}
+hosts: {{gpus: 1}}
+router: {{grpc: "127.0.0.1:{port}"}}
+prefill: {{device: cuda, replicas: 2, gpu_fraction: 0.25, kv_memory: 64MiB}}
+decode: {{device: cuda, replicas: 2, gpu_fraction: 0.25, kv_memory: 64MiB, slots: 8}}
+kv_transfer: {{staging: 4MiB}}
+"""
+
+
+def test_switch(tiny_model: Path, tmp_path: Path) -> None:
+    """Under load, both ways: a worker has its other role within 5 s, and every answer is that of before."""
+    name, file = f"test-gpu-switch-{os.getpid()}", tmp_path / "t.yaml"
+    file.write_text(FOUR.format(name=name, model=tiny_model, port=free_port()))
+    succeed("up", file, timeout_s=180)
+    try:
+        with Load(state_of(name).endpoints) as load:
+            for worker, role in (("decode/1/0", "prefill"), ("decode/1/0", "decode"), ("prefill/0/0", "decode")):
+                succeed("switch", worker, role, "--cluster", name)
+                assert away_s(name, worker, role) < 5.0
+                load.pass_by()
+    finally:
+        succeed("down", name)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,10 @@ import pytest
 import yaml
 
 from splitserve.client import Client
-from splitserve.cluster.log import log_path
 from splitserve.deploy.cluster_state import ClusterFolder
 from splitserve.deploy.processes import session_members
 from tests.deploy.clusters import (
+    away_s,
     left_behind,
     run_command,
     start_command,
@@ -251,16 +249,3 @@ def test_switch(tmp_path: Path, tiny_model: Path, tp: int) -> None:
         load.pass_by()
         assert "no engine would be left for prefill" in refused("switch", "prefill/1/0", "decode")
         assert "role: found 'router'; expected prefill or decode" in refused("switch", "decode/0/0", "router")
-
-
-def away_s(name: str, worker: str, role: str) -> float:
-    """Seconds from the last time that `worker` began to drain until it served `role`."""
-    logs = ClusterFolder(name).logs
-    drained, served = (
-        max(datetime.fromisoformat(line["time"]) for line in map(json.loads, file.open()) if words in line["message"])
-        for file, words in (
-            (log_path(logs, "supervisor"), f"{worker} drains"),
-            (log_path(logs, worker), f" as {role}"),  # its leader has its name where dp is 1
-        )
-    )
-    return (served - drained).total_seconds()

@@ -119,7 +119,7 @@ def test_what_would_come_too_late_is_refused_at_once_with_a_time_to_come_again()
     """An engine that computes 100 tokens a second has 500 before it."""
 
     async def scenario() -> None:
-        with FakeCluster(behaviour=Behaviour(speed=EngineSpeed(500, 100.0))) as cluster:
+        with FakeCluster(behaviour=Behaviour(speed=EngineSpeed(500, token_s=0.01))) as cluster:
             async with running_router(cluster, slo={"ttft_s": 6.2}) as (_, client):
                 await client.generate(list(range(1, 41)), max_tokens=2).result()
                 with pytest.raises(SplitserveClientError, match="too late") as refused:

@@ -11,7 +11,7 @@ from splitserve.cluster.errors import Overloaded
 from splitserve.cluster.messages import EngineSpeed
 from splitserve.router.admission import MAX_RETRY_S, MIN_RETRY_S, Admission
 from splitserve.router.fair import Claimant
-from splitserve.router.policy import EngineView, Placement, Policy, Wanted, lateness, place
+from splitserve.router.policy import EngineView, Placement, Policy, Wanted, lateness, place, predicted_ttfts
 
 ANY = Wanted()
 
@@ -66,7 +66,8 @@ def test_a_colocated_engine_is_both(policy: Policy) -> None:
 
 
 def fast(engine: str, pending: int = 0, *, placed_tokens: int = 0, rate: float = 10_000.0) -> EngineView:
-    return EngineView(engine, "prefill", 0, 0, placed_tokens, speed=EngineSpeed(pending, rate))
+    speed = EngineSpeed(pending, 1, 0.0, 1 / rate) if rate else EngineSpeed(pending)
+    return EngineView(engine, "prefill", 0, 0, placed_tokens, speed=speed)
 
 
 def decoding(engine: str, running: int, step_s: float, *, free: int = 100_000, slots: int = 64) -> EngineView:
@@ -89,6 +90,18 @@ def test_a_cached_prefix_is_worth_the_time_that_computing_it_takes() -> None:
     assert prefill_of([fast("cold"), fast("warm", placed_tokens=2000)], wanted) == "cold"
     assert prefill_of([fast("cold", rate=90_000.0), fast("warm", 500)], wanted) == "cold"
     assert prefill_of([fast("new", rate=0.0), fast("warm", 2500)], wanted) == "new", "as fast as the fastest"
+
+
+def test_what_batches_take_counts_by_the_batch() -> None:
+    def engine(name: str, pending: int) -> EngineView:
+        return EngineView(name, "prefill", 0, speed=EngineSpeed(pending, 2048, 0.03))
+
+    wanted = Wanted(tokens=2000, cached={"warm": 1900})
+    assert predicted_ttfts([engine("a", 0), engine("warm", 0), engine("late", 6200)], wanted) == pytest.approx(
+        {"a": 0.03, "warm": 0.03, "late": 0.15}
+    )
+    assert prefill_of([engine("a", 0), engine("warm", 0)], wanted) == "warm", "of equal times"
+    assert prefill_of([engine("a", 0), engine("warm", 6200)], wanted) == "a"
 
 
 def test_decode_goes_where_the_answer_is_done_first() -> None:
@@ -126,8 +139,8 @@ def test_equal_engines_take_turns_and_linked_ones_come_first() -> None:
 
 def test_colocated_engines_are_chosen_for_both_of_their_parts() -> None:
     both = [
-        EngineView("a", "colocated", 4, free_tokens=9000, slots=64, speed=EngineSpeed(0, 10_000.0, 0.01)),
-        EngineView("b", "colocated", 4, free_tokens=9000, slots=64, speed=EngineSpeed(4000, 10_000.0, 0.01)),
+        EngineView("a", "colocated", 4, free_tokens=9000, slots=64, speed=EngineSpeed(0, 1, 0.0, 1e-4, 0.01)),
+        EngineView("b", "colocated", 4, free_tokens=9000, slots=64, speed=EngineSpeed(4000, 1, 0.0, 1e-4, 0.01)),
     ]
     assert place(both, both, "kv_aware", 0, Wanted(tokens=2000)) == ("a", "a")
     assert place(both, both, "kv_aware", 0, Wanted(tokens=6000, cached={"b": 5900})) == ("b", "b")
@@ -138,6 +151,7 @@ def test_lateness_is_what_the_prediction_passes_the_limit_by() -> None:
     assert lateness(fast("a", 9000), wanted, 2.0) == 0.0
     assert lateness(fast("a", 9000), wanted, 0.25) == pytest.approx(0.75)
     assert lateness(fast("new", 9000, rate=0.0), wanted, 0.25) == 0.0
+    assert lateness(fast("idle", rate=1.0), wanted, 0.25) == 0.0, "else nobody would ever see that it is faster now"
 
 
 def test_admission_is_first_come_first_served_within_its_bounds() -> None:
