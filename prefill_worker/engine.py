@@ -144,8 +144,7 @@ class PrefillEngine:
         for request in self._requests():
             if now - request.arrived > request.message.deadline_s:
                 self._fail(request, DeadlineExceeded("the deadline passed during prefill"))
-        if self._waiting:
-            self._outlet.keep([request.message.ticket for request in self._waiting])
+        self._outlet.keep([request.message.ticket for request in self._waiting])
 
     def stats(self) -> EngineStats:
         traffic = self._outlet.traffic

@@ -83,9 +83,13 @@ class BeginSend:
 @message
 @dataclass(frozen=True)
 class RunAndSend:
-    """Run the model and send, layer by layer, what it writes: each (transfer, stop token) of `written`."""
+    """Run the model and send, layer by layer, what it writes: each (transfer, stop token) of `written`.
+
+    Transfers that `begin` with this batch do so once the device has work: it is not kept waiting for them.
+    """
 
     batch: Batch
+    begin: tuple[BeginSend, ...]
     written: tuple[tuple[str, int], ...]
 
 
@@ -134,7 +138,6 @@ class SendService:
         self.handlers: Handlers = {
             RenewSends: self._renew,
             DeclineSend: lambda command: sender.decline(command.ticket, command.reason),
-            BeginSend: self._begin,
             RunAndSend: self._run,
             FinishSend: lambda command: sender.finish(command.transfer_id, command.hand_off),
             AbortSend: lambda command: sender.abort(command.transfer_id, command.reason),
@@ -172,7 +175,11 @@ class SendService:
         self._sender.ready([(ticket.transfer_id, command.cached_tokens)], range(ticket.layout.num_layers))
 
     def _run(self, command: RunAndSend) -> object:
+        begin = list(command.begin)
+
         def layers_written(layers: range) -> None:
+            while begin:
+                self._begin(begin.pop(0))
             self._sender.ready(command.written, layers)
             self._pump()
 
@@ -189,6 +196,7 @@ class SendOutlet:
     def __init__(self, ranks: Ranks, blocks: BlockManager) -> None:
         self._ranks, self._blocks = ranks, blocks
         self._tables: dict[str, BlockTable] = {}
+        self._to_begin: dict[str, BeginSend] = {}
         self._agreement = Agreement(ranks.size)
         self._traffic: dict[int, SendTraffic] = {}
 
@@ -197,24 +205,30 @@ class SendOutlet:
         reuse = None if request.params.prompt_logprobs is None else 0
         table = self._blocks.allocate(request.token_ids, request.extra_keys, max_cached_tokens=reuse)
         if table is not None:
-            self._tables[request.ticket.transfer_id] = table
-            self._ranks.execute(BeginSend(request.ticket, table.pages, table.cached_tokens))
+            transfer_id = request.ticket.transfer_id
+            self._tables[transfer_id] = table
+            self._to_begin[transfer_id] = BeginSend(request.ticket, table.pages, table.cached_tokens)
         return table
 
     def run_command(self, batch: Batch, written: Sequence[tuple[str, int]]) -> object:
-        return RunAndSend(batch, tuple(written))
+        begin = [self._to_begin.pop(transfer_id) for transfer_id, _ in written if transfer_id in self._to_begin]
+        return RunAndSend(batch, tuple(begin), tuple(written))
 
     def finish(self, transfer_id: str, hand_off: HandOff) -> None:
         self._ranks.execute(FinishSend(transfer_id, hand_off))
 
     def keep(self, tickets: Sequence[Ticket]) -> None:
-        self._ranks.execute(RenewSends(tuple(tickets)))
+        if all_tickets := (*tickets, *(begin.ticket for begin in self._to_begin.values())):
+            self._ranks.execute(RenewSends(all_tickets))
 
     def decline(self, ticket: Ticket, reason: str) -> None:
         self._ranks.execute(DeclineSend(ticket, reason))
 
     def abort(self, transfer_id: str, reason: str) -> None:
-        self._ranks.execute(AbortSend(transfer_id, reason))
+        if begin := self._to_begin.pop(transfer_id, None):
+            self.decline(begin.ticket, reason)
+        else:
+            self._ranks.execute(AbortSend(transfer_id, reason))
         self._close(transfer_id)
 
     def poll(self) -> list[Delivered]:
