@@ -186,6 +186,8 @@ class DecodeEngine:
             return
         granted = self._grant(router, item)
         self._send(router, granted or Busy(item.request_id, item.attempt, BUSY_RETRY_S))
+        if granted:
+            self._inlet.expect(granted.ticket.transfer_id)
 
     def _check(self, item: Reserve) -> None:
         self._limits.model.check(item)

@@ -40,6 +40,9 @@ class KvInlet(Protocol):
     def open(self, transfer_id: str, request: Reserve, table: BlockTable) -> Ticket | None:
         """Leave to send the prompt's KV into `table`; None when there is no staging room now."""
 
+    def expect(self, transfer_id: str) -> None:
+        """Prepare for what `open` has granted, once the answer is on its way: prefill has not begun yet."""
+
     def close(self, transfer_id: str) -> None:
         """The engine's part is over: KV that still comes in for this transfer reaches no page."""
 
@@ -95,6 +98,7 @@ class ReceiveService:
 @dataclass
 class _Transfer:
     window: Window
+    incoming: Incoming
     hand_off: HandOff | None = None
     landed: bool = False
 
@@ -136,9 +140,11 @@ class ReceiveInlet:
             window_bytes=window.size,
             lease_s=self._lease_s,
         )
-        self._transfers[transfer_id] = _Transfer(window)
-        self._ranks.execute(OpenReceive(incoming))
+        self._transfers[transfer_id] = _Transfer(window, incoming)
         return self._ticket(incoming)
+
+    def expect(self, transfer_id: str) -> None:
+        self._ranks.execute(OpenReceive(self._transfers[transfer_id].incoming))
 
     def close(self, transfer_id: str) -> None:
         self._verified.forget(transfer_id)

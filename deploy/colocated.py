@@ -41,6 +41,9 @@ class LocalInlet:
             endpoints=(),
         )
 
+    def expect(self, transfer_id: str) -> None:
+        """The pages are there."""
+
     def close(self, transfer_id: str) -> None:
         del self.tables[transfer_id]
 

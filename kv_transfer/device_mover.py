@@ -22,7 +22,9 @@ from splitserve.kv_transfer.mover import Mark
 from splitserve.kv_transfer.packing import check_pages
 from splitserve.kv_transfer.staging import HOST_FRAMES
 
-SMS = 16  # of the GPU's, which one copy takes: the engine computes on the others
+# Of the GPU's, which one copy takes. Prefill's kernels fill all of them, and wait for those that pack: it is soon over.
+# Decode's leave some free.
+PACK_SMS, UNPACK_SMS = 64, 16
 # Payloads for another GPU of these sizes are packed here first: its copy engines are faster across than SMs.
 BOUNCES, SLOTS = 2, 1024
 BOUNCED_BYTES = range(1 << 20, BOUNCE_BYTES // BOUNCES + 1)
@@ -63,11 +65,11 @@ class DeviceMover:
             if payload.is_cpu:
                 return self._pack_for_host(table, region, payload)
             if payload.device == self._device or payload.numel() not in BOUNCED_BYTES:
-                return self._run(pack_kv, table, region, payload)
+                return self._run(pack_kv, PACK_SMS, table, region, payload)
             bounce = self._bounce()
             packed = bounce.bytes[: payload.numel()]
             self._stream.wait_event(bounce.free)
-            move = self._run(pack_kv, table, region, packed)
+            move = self._run(pack_kv, PACK_SMS, table, region, packed)
             self._copies.wait_event(move.done)
             copy_async(payload, packed, self._copies)
             move.done.record(self._copies)
@@ -81,23 +83,23 @@ class DeviceMover:
                     payload = payload.pin_memory().to(self._device, non_blocking=True)
             if after is not None:
                 self._stream.wait_event(after)
-            return self._run(unpack_kv, table, region, payload)
+            return self._run(unpack_kv, UNPACK_SMS, table, region, payload)
 
     def _pack_for_host(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor) -> DeviceMove:
         with torch.cuda.stream(self._stream):
             packed = torch.empty_like(payload, device=self._device)
-            move = self._run(pack_kv, table, region, packed)
+            move = self._run(pack_kv, PACK_SMS, table, region, packed)
             staged = torch.empty_like(payload, pin_memory=True).copy_(packed, non_blocking=True)
             move.done.record(self._stream)
             move.fills = (payload, staged)
             return move
 
     def _run(
-        self, kernel: Callable[..., None], table: torch.Tensor, region: KvRegion, packed: torch.Tensor
+        self, kernel: Callable[..., None], sms: int, table: torch.Tensor, region: KvRegion, packed: torch.Tensor
     ) -> DeviceMove:
         slot = next(self._slots)
         move = slot.begin()
-        kernel(self._layers, table, region, packed, slot.word, SMS, self._stream)
+        kernel(self._layers, table, region, packed, slot.word, sms, self._stream)
         copy_async(slot.pinned, slot.word, self._stream)
         move.done.record(self._stream)
         return move

@@ -22,7 +22,7 @@ from splitserve.kv_transfer.tcp import TcpSender
 
 logger = logging.getLogger(__name__)
 
-FRAMES = FrameSizes(16 << 20, 32 << 20)
+FRAMES = FrameSizes(16 << 20, 128 << 20)  # a frame costs both ends some half millisecond of host time
 RETRY_S = 1.0, 30.0  # after a link has ended: at first, and at most
 
 
