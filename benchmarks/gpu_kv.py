@@ -59,8 +59,7 @@ class Peer:
 
 def measure(way: KvWay, shape: str, layout: KvLayout, of_time: Peer, of_rate: Peer) -> None:
     with kv_pair(layout, max(TOKENS.values()), way, STAGING[way] // 4, "cuda:1", "cuda:0") as pair:
-        if way == "nccl":
-            write([Row("kv", f"{shape}, nccl", "first link", "s", Figure.of([pair.link()]), "none", None, "lower")])
+        pair.link()
         for name, tokens in TOKENS.items():
             size = layout.bytes_per_token * tokens
             seconds = [pair.seconds(tokens) for _ in range(REPEATS + 3)][3:]

@@ -53,13 +53,10 @@ class KvPair:
         arrivals = SegmentReceiver(self._linked or control, segment)
         self._receiver = KvReceiver(self._mover, 0, window_bytes, arrivals, time.monotonic)
 
-    def link(self) -> float:
-        """Send small prompts until a link carries them. Returns the seconds from the second one on until then."""
-        self.seconds(1)  # compiles kernels, and asks for the link
-        began = time.perf_counter()
+    def link(self) -> None:
+        """Send small prompts until a link carries them."""
         while self._linked is not None and not any(link.state == "up" for link in self._linked.links):
             self.seconds(1)
-        return time.perf_counter() - began
 
     def seconds(self, tokens: int) -> float:
         """From when the KV of a prompt lies in the source's pages until it is verified in the target's."""

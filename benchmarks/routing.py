@@ -74,9 +74,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="on four GPUs, with DeepSeek-V2-Lite's shapes")
     trace = ON_GPUS if parser.parse_args().gpu else ON_CPU
-    turns = {policy: run(trace, policy) for policy in reversed(get_args(Policy))}
-    for policy in turns:
-        write(rows(trace, policy, turns[policy], turns[PEER]))
+    peers = run(trace, PEER)
+    write(rows(trace, PEER, peers, peers))
+    for policy in get_args(Policy):
+        if policy != PEER:
+            write(rows(trace, policy, run(trace, policy), peers))
 
 
 def run(trace: Trace, policy: Policy) -> list[Turn]:

@@ -161,13 +161,11 @@ class KvSender:
             raise TransferFailed(f"no progress for a lease of {outgoing.ticket.lease_s:g} s")
         else:
             self._cut(outgoing, now)
-            released = False
             for flight in list(outgoing.flights.values()):
-                # One a time: whoever pumps looks in between whether the first token of the prompt is there.
-                if flight.written is not None and not released and self._mover.passed(flight.written):
-                    flight.written, released = None, True
-                if flight.written is None and flight.move is None and now >= flight.due:
-                    self._pack(outgoing, flight)
+                if self._mover.passed(flight.written):
+                    flight.written = None
+                    if flight.move is None and now >= flight.due:
+                        self._pack(outgoing, flight)
                 self._send_packed(outgoing, flight)
             if now >= outgoing.beat_at:
                 self._beat(outgoing, now)
