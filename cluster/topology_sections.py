@@ -151,7 +151,7 @@ class Router(Section):
 
     @property
     def max_connections(self) -> int:
-        """Connections of HTTP that one router holds: one for each request that it takes, and as many that are idle."""
+        """Connections to each port of a router: one for each request that it takes, and as many that are idle."""
         return 2 * (self.max_active + self.max_queue)
 
     def grpc_address(self, index: int) -> str:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from splitserve.cluster.channel import CurveKeys, RouterChannel
@@ -18,20 +19,20 @@ from splitserve.router.prefix_index import PrefixIndex
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
-BURST = 64  # messages of one engine that are taken before others get a turn
 
 
 class Engine:
     """One connected engine. It is `ready` while it answers heartbeats, as the incarnation that membership named."""
 
-    def __init__(self, member: Member, channel: RouterChannel) -> None:
+    channel: RouterChannel
+    watch: asyncio.Task[None]
+
+    def __init__(self, member: Member) -> None:
         self.member = member
-        self.channel = channel
         self.stats: EngineStats | None = None
         self.last_seen = time.monotonic()
         self.ready = False
         self.placed = self.placed_tokens = 0  # requests given to it since its last stats, and what they lack
-        self.tasks: list[asyncio.Task[None]] = []
 
     @property
     def view(self) -> EngineView:
@@ -49,8 +50,7 @@ class Engine:
         )
 
     def close(self) -> None:
-        for task in self.tasks:
-            task.cancel()
+        self.watch.cancel()
         self.channel.close()
 
 
@@ -76,7 +76,6 @@ class Engines:
         self._on_lost = on_lost
         self.prefixes = PrefixIndex()
         self._engines: dict[str, Engine] = {}
-        self._sends: set[asyncio.Task[None]] = set()
 
     def __iter__(self) -> Iterator[Engine]:
         return iter(self._engines.values())
@@ -116,43 +115,36 @@ class Engines:
 
     def send(self, name: str, message: object) -> None:
         """Send without waiting; to an engine that is gone, nothing."""
-        engine = self._engines.get(name)
-        if engine is not None:
-            task = asyncio.ensure_future(engine.channel.send(message))
-            self._sends.add(task)
-            task.add_done_callback(self._sends.discard)
+        if (engine := self._engines.get(name)) is not None:
+            engine.channel.send(message)
 
-    async def close(self) -> None:
-        """Send what is under way, then disconnect."""
-        if self._sends:
-            await asyncio.wait(self._sends, timeout=1.0)
+    def close(self) -> None:
+        """Disconnect."""
         for engine in self._engines.values():
             engine.close()
         self._engines.clear()
 
     def _connect(self, member: Member) -> Engine:
         self.prefixes.add(member.engine, member.layout.page_size)
-        engine = Engine(member, RouterChannel(member.address, self._identity.encode(), self._keys))
-        engine.tasks = [asyncio.ensure_future(self._listen(engine)), asyncio.ensure_future(self._watch(engine))]
+        engine = Engine(member)
+        take = partial(self._take, engine)
+        engine.channel = RouterChannel(member.address, self._identity.encode(), take, self._keys)
+        engine.watch = asyncio.ensure_future(self._watch(engine))
         return engine
 
-    async def _listen(self, engine: Engine) -> None:
-        while True:
-            for _ in range(BURST):  # a receive that finds a message waiting does not yield to the loop
-                message = await engine.channel.receive()
-                if type(message) is EngineStats:
-                    self._heard(engine, message)
-                elif type(message) is PrefixUpdate:
-                    self._learn(engine, message)
-                else:
-                    self._on_message(engine.member.engine, message)
-            await asyncio.sleep(0)
+    def _take(self, engine: Engine, message: Any) -> None:
+        if type(message) is EngineStats:
+            self._heard(engine, message)
+        elif type(message) is PrefixUpdate:
+            self._learn(engine, message)
+        else:
+            self._on_message(engine.member.engine, message)
 
     async def _watch(self, engine: Engine) -> None:
         """Send heartbeats, and notice silence."""
         while True:
             version = self.prefixes.version(engine.member.engine)
-            await engine.channel.send(Heartbeat(self._identity, version))
+            engine.channel.send(Heartbeat(self._identity, version))
             await asyncio.sleep(min(HEARTBEAT_S, self._timeout_s / 6))
             silent_s = time.monotonic() - engine.last_seen
             if engine.ready and silent_s > self._timeout_s:

@@ -87,7 +87,8 @@ class RouterService:
 
     async def start(self) -> str:
         """Listen, and return gRPC's host:port. Raises StartupError when an address cannot be had."""
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        most = ("grpc.max_allowed_incoming_connections", self._topology.router.max_connections)
+        self._server = grpc.aio.server(options=(*SERVER_OPTIONS, most))
         self._server.add_generic_rpc_handlers((self._service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -119,7 +120,7 @@ class RouterService:
         await self._health.enter_graceful_shutdown()
         await asyncio.gather(self._server.stop(GRACE_S), *([self._http.stop()] if self._http else []))
         await self._grammars.close()
-        await self.dispatcher.engines.close()
+        self.dispatcher.engines.close()
         if self._traces is not None:
             await self._traces.close()
 

@@ -10,8 +10,8 @@ from splitserve.cluster.messages import Heartbeat
 
 def test_what_is_sent_on_a_closed_channel_goes_nowhere() -> None:
     async def scenario() -> None:
-        channel = RouterChannel("tcp://127.0.0.1:9", b"router")
+        channel = RouterChannel("tcp://127.0.0.1:9", b"router", print)
         channel.close()
-        await channel.send(Heartbeat("router"))
+        channel.send(Heartbeat("router"))
 
     asyncio.run(scenario())

@@ -151,8 +151,8 @@ def test_a_worker_without_the_key_gets_no_request(stranger: str) -> None:
     """It may hold an address that a worker had before, and must neither read prompts nor answer them."""
 
     async def scenario(socket: Socket, address: str) -> None:
-        channel = RouterChannel(address, b"router", CurveKeys.generate())
-        await channel.send(Heartbeat("router"))
+        channel = RouterChannel(address, b"router", print, CurveKeys.generate())
+        channel.send(Heartbeat("router"))
         assert not await asyncio.to_thread(socket.poll, 500)
         channel.close()
 

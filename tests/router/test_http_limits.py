@@ -182,6 +182,29 @@ def test_connections_are_bounded() -> None:
     run(scenario, max_active=1, max_queue=1)
 
 
+def test_connections_of_grpc_are_bounded() -> None:
+    async def scenario(service: RouterService) -> None:
+        host, _, port = service.address.rpartition(":")
+
+        async def greeting() -> bytes:
+            """What a server of HTTP/2 says first; nothing where it hangs up."""
+            reader, writer = await asyncio.open_connection(host, int(port))
+            held.append(writer)
+            return await asyncio.wait_for(reader.read(100), 5)
+
+        held: list[asyncio.StreamWriter] = []
+        greetings = [await greeting() for _ in range(6)]
+        assert [bool(one) for one in greetings].count(True) == 4 - 1, "the client that waited for the router holds one"
+        held[0].close()
+        async with asyncio.timeout(5):
+            while not await greeting():
+                await asyncio.sleep(0.05)
+        for writer in held:
+            writer.close()
+
+    run(scenario, max_active=1, max_queue=1)
+
+
 def test_grpc_metadata_and_messages_are_bounded() -> None:
     async def scenario(service: RouterService) -> None:
         async with grpc.aio.insecure_channel(service.address) as channel:
