@@ -11,6 +11,8 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from functools import partial
+from operator import attrgetter
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgpack
@@ -23,7 +25,8 @@ T = TypeVar("T")
 Check = Callable[[Any], Any]
 _registry: dict[str, type] = {}
 _field_names: dict[type, tuple[str, ...]] = {}
-_checks: dict[type, tuple[Check, ...]] = {}
+_field_values: dict[type, Callable[[Any], tuple[object, ...]]] = {}
+_builders: dict[type, Callable[[list[Any]], Any]] = {}
 
 
 def message(cls: type[T]) -> type[T]:
@@ -33,7 +36,8 @@ def message(cls: type[T]) -> type[T]:
     if cls.__name__ in _registry:
         raise TypeError(f"two wire types are named {cls.__name__}")
     _registry[cls.__name__] = cls
-    _field_names[cls] = tuple(field.name for field in fields(cls))
+    _field_names[cls] = names = tuple(field.name for field in fields(cls))
+    _field_values[cls] = attrgetter(*names) if len(names) > 1 else lambda item: tuple(getattr(item, it) for it in names)
     return cls
 
 
@@ -58,10 +62,10 @@ def unpack(data: bytes | memoryview) -> Any:
 
 
 def _encode(item: object) -> list[object]:
-    names = _field_names.get(type(item))
-    if names is None:
+    values = _field_values.get(type(item))
+    if values is None:
         raise TypeError(f"{type(item).__name__} is not a wire type")
-    return [type(item).__name__, *(getattr(item, name) for name in names)]
+    return [type(item).__name__, *values(item)]
 
 
 def _decode(raw: Any, expected: type | None = None) -> Any:
@@ -70,23 +74,46 @@ def _decode(raw: Any, expected: type | None = None) -> Any:
     cls = _registry.get(raw[0])
     if cls is None or (expected is not None and cls is not expected):
         raise TypeError(f"unexpected message type {raw[0][:80]!r}")
-    checks = _checks.get(cls) or _compile(cls)
-    if len(raw) != len(checks) + 1:
-        raise TypeError(f"{cls.__name__}: {len(raw) - 1} fields, expected {len(checks)}")
-    values = []
-    for position, check in enumerate(checks):
+    build = _builders.get(cls) or _compile(cls)
+    if len(raw) != len(_field_names[cls]) + 1:
+        raise TypeError(f"{cls.__name__}: {len(raw) - 1} fields, expected {len(_field_names[cls])}")
+    return build(raw)
+
+
+def _compile(cls: type) -> Callable[[list[Any]], Any]:
+    """A function that makes a `cls` of its array. It is written out, because engines say a thousand things a second."""
+    hints, names = get_type_hints(cls), _field_names[cls]
+    scope: dict[str, Any] = {"cls": cls}
+    lines = ["def build(raw):", f"    {' '.join(f'{name},' for name in ('_', *names))} = raw"]
+    for name in names:
+        scope[f"plain_{name}"], scope[f"check_{name}"] = _plain(hints[name]), _field_check(cls, name, hints[name])
+        lines.append(f"    if type({name}) is not plain_{name}: {name} = check_{name}({name})")
+    exec("\n".join([*lines, f"    return cls({', '.join(names)})"]), scope)
+    _builders[cls] = build = scope["build"]
+    return build  # type: ignore[no-any-return]
+
+
+def _plain(hint: Any) -> type:
+    """The type whose values need no check: of an optional field, that of None."""
+    if hint in (bool, int, str, bytes):
+        return hint  # type: ignore[no-any-return]
+    return types.NoneType if types.NoneType in get_args(hint) else _Nothing
+
+
+class _Nothing:
+    """The type of no value that travels."""
+
+
+def _field_check(cls: type, name: str, hint: Any) -> Check:
+    check = _checker(hint)
+
+    def named(raw: Any) -> Any:
         try:
-            values.append(check(raw[position + 1]))
+            return check(raw)
         except (TypeError, ValueError) as error:
-            raise TypeError(f"{cls.__name__}.{_field_names[cls][position]}: {error}") from error
-    return cls(*values)
+            raise TypeError(f"{cls.__name__}.{name}: {error}") from error
 
-
-def _compile(cls: type) -> tuple[Check, ...]:
-    hints = get_type_hints(cls)
-    checks = tuple(_checker(hints[name]) for name in _field_names[cls])
-    _checks[cls] = checks
-    return checks
+    return named
 
 
 def _checker(hint: Any) -> Check:
@@ -108,7 +135,7 @@ def _checker(hint: Any) -> Check:
     if origin is dict:
         return _mapping(_checker(args[0]), _checker(args[1]))
     if hint in _field_names:
-        return lambda raw: _decode(raw, hint)
+        return partial(_decode, expected=hint)
     raise TypeError(f"{hint} cannot travel in a message")
 
 

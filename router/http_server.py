@@ -30,6 +30,7 @@ class HttpServer:
             log_level="warning",
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # nobody asks for a client's address
             timeout_graceful_shutdown=GRACE_S,
             ssl_context_factory=None if context is None else lambda config, make: context,
         )

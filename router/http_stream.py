@@ -33,12 +33,12 @@ class EventStream(Response):
         self._order = asyncio.Lock()  # several prompts write side by side
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def write(data: bytes) -> None:
+        async def write(data: bytes, *, more: bool = True) -> None:
             async with self._order:
                 if not self._started:
                     self._started = True
                     await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+                await send({"type": "http.response.body", "body": data, "more_body": more})
 
         try:
             end = await self._run(write)
@@ -46,8 +46,7 @@ class EventStream(Response):
             if not self._started:
                 raise
             end = event(error_object(error))
-        await write(end)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await write(end, more=False)
 
 
 async def until_client_leaves(receive: Receive) -> NoReturn:

@@ -21,6 +21,7 @@ from splitserve.router.validate import Validator
 
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
 DONE = b"data: [DONE]\n\n"
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 Json = dict[str, Any]
 
@@ -257,7 +258,7 @@ def event(content: Json) -> bytes:
 
 def to_json(content: Json) -> bytes:
     """JSON in ASCII, which any text can be put into."""
-    return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+    return _encode(content).encode()
 
 
 def _name(data: bytes) -> str:

@@ -53,14 +53,18 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain prompt, with what the tokenizer itself adds (BOS, for some models)."""
-        return self._fast.encode(text).ids
+        return self._encode(text, add_special_tokens=True)
 
     def encode_chat(self, messages: Conversation, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer. Raises InvalidRequest."""
         if self._template is None:
             raise InvalidRequest("messages", "a model without a chat template", "use Generate with a plain prompt")
         # The template writes BOS and all other special tokens itself.
-        return self._fast.encode(self._template.render(messages, tools), add_special_tokens=False).ids
+        return self._encode(self._template.render(messages, tools), add_special_tokens=False)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        (encoding,) = self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)  # without offsets
+        return encoding.ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of `token_ids`, special tokens left out. Raises InvalidRequest for ids outside the vocabulary."""
