@@ -158,7 +158,7 @@ class RouterChannel:
             return
         with contextlib.suppress(zmq.Again):
             self._socket.send(pack(item), zmq.NOBLOCK)
-        if self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # a send takes the news of what has come with it
+        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:  # a send takes the news of what has come with it
             self._loop.call_soon(self._read)
 
     def close(self) -> None:

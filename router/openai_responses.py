@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from splitserve.cluster.messages import TokenLogprobs
@@ -79,10 +80,10 @@ class Answer(ABC):
 
     def events(self, prompt: int, chunk: Chunk) -> bytes:
         """What is new of prompt number `prompt`, as server-sent events; nothing if no more text is complete yet."""
-        usage: Json = {"usage": None} if self._call.include_usage else {}
+        parts = self._new_parts(prompt, chunk)
         return b"".join(
-            event({**self._head(self.chunk_name), "choices": [self.chunk_choice(index, part)], **usage})
-            for index, part in self._new_parts(prompt, chunk)
+            b"%b[%b]%b" % (self._event_head, to_json(self.chunk_choice(index, part)), self._event_tail)
+            for index, part in parts
             if part.is_first or part.text or part.logprobs or part.finish_reason or part.reasoning or part.calls
         )
 
@@ -118,6 +119,15 @@ class Answer(ABC):
             echo.add(part)
             return echo
         return part
+
+    @cached_property
+    def _event_head(self) -> bytes:
+        """What each event begins with, up to its choices; `_event_tail` is what follows them."""
+        return b"data: " + to_json(self._head(self.chunk_name)).removesuffix(b"}") + b',"choices":'
+
+    @cached_property
+    def _event_tail(self) -> bytes:
+        return b',"usage":null}\n\n' if self._call.include_usage else b"}\n\n"
 
     def _head(self, name: str) -> Json:
         return {"id": self._id, "object": name, "created": self._created, "model": self._model}

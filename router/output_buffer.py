@@ -25,7 +25,7 @@ class Answered:
     finish_reason: Literal["stop", "length"] | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that takes a microsecond a token
 class Delta:
     """What is new of one sample. `logprobs` has one entry per token id, or none if they were not asked for."""
 
@@ -119,9 +119,8 @@ class OutputBuffer:
     def __init__(self, samples: Sequence[SampleOutput], on_stop_string: Callable[[int], None]) -> None:
         self._samples = samples
         self._on_stop_string = on_stop_string
-        self._ready = asyncio.Event()
-        if any(sample.finish_reason for sample in samples):
-            self._ready.set()
+        self._ready = any(sample.finish_reason for sample in samples)
+        self._waiter: asyncio.Future[None] | None = None
         self._error: SplitserveError | None = None
 
     @property
@@ -147,20 +146,27 @@ class OutputBuffer:
         sample.accept(token)
         if sample.stopped_by_string:
             self._on_stop_string(sample.index)
-        self._ready.set()
+        self._wake()
 
     def fail(self, error: SplitserveError) -> None:
         """End the output with `error`, the first one given, once what came before it is drained."""
         self._error = self._error or error
-        self._ready.set()
+        self._wake()
 
     async def drain(self) -> list[Delta]:
         """Wait for something new and take all of it. Raises the error that ended the output."""
-        await self._ready.wait()
-        self._ready.clear()
+        if not self._ready:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        self._ready = False
         deltas = [delta for sample in self._samples if (delta := sample.drain()) is not None]
         if self._error is not None and not self.complete:
             if not deltas:
                 raise self._error
-            self._ready.set()
+            self._ready = True
         return deltas
+
+    def _wake(self) -> None:
+        self._ready = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 from splitserve.cluster.errors import SplitserveError
 from splitserve.cluster.messages import Busy, Failed, FirstToken, Granted, Joined, SampleToken, TokenLogprobs
@@ -39,8 +40,7 @@ class Summary:
     losses: int
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """What is new of a request. `prompt_logprobs` come once, with the first chunk."""
 
     request_id: str
