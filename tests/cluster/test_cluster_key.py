@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import stat
-import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import zmq
 
-from splitserve.cluster.channel import CurveKeys, RouterChannel, Socket, WorkerChannel, bind, secure
+from splitserve.cluster.channel import CurveKeys, RouterChannel, Socket, bind, secure
 from splitserve.cluster.cluster_key import read_cluster_key, write_cluster_key
 from splitserve.cluster.codec import MAX_MESSAGE_BYTES, pack
 from splitserve.cluster.errors import StartupError
 from splitserve.cluster.messages import Cancel, Heartbeat
 from splitserve.deploy.cli import main
-from splitserve.engine.group import LeaderLink
 from splitserve.kv_transfer.protocol import KvDrained, seal
-from splitserve.kv_transfer.tcp import TcpReceiver
-from splitserve.kv_transfer.transport import Arrival
+from tests.cluster.doors import ADDRESS, Door, count_within, group_door, knock, kv_door, worker_door
 
-ADDRESS = "127.0.0.1"
 ABORT = Cancel("router-0-1", 1)
 STRANGERS = {"plain": None, "another key": CurveKeys.generate()}
 
@@ -70,63 +65,6 @@ def test_a_key_that_everybody_may_read_is_refused(tmp_path: Path) -> None:
 def test_a_missing_key_is_told(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="No such file or directory; `splitserve keygen` makes one"):
         read_cluster_key(tmp_path / "none")
-
-
-@dataclass
-class Door:
-    """A socket that workers bind: its address, and how many messages have come in so far."""
-
-    address: str
-    arrived: Callable[[], int]
-
-
-def worker_door(stack: ExitStack, keys: CurveKeys) -> Door:
-    channel = stack.enter_context(closing(WorkerChannel(ADDRESS, keys)))
-    seen: list[tuple[bytes, object]] = []
-
-    def arrived() -> int:
-        seen.extend(channel.receive())
-        return len(seen) + channel.malformed
-
-    return Door(channel.address, arrived)
-
-
-def group_door(stack: ExitStack, keys: CurveKeys) -> Door:
-    leader = stack.enter_context(closing(LeaderLink(1, ADDRESS, keys)))
-    seen: list[list[bytes]] = []
-
-    def arrived() -> int:
-        while leader.socket.poll(0):
-            seen.append(leader.socket.recv_multipart())
-        return len(seen)
-
-    return Door(leader.address, arrived)
-
-
-def kv_door(stack: ExitStack, keys: CurveKeys) -> Door:
-    receiver = stack.enter_context(closing(TcpReceiver(ADDRESS, keys)))
-    seen: list[Arrival] = []
-
-    def arrived() -> int:
-        seen.extend(receiver.receive(100))
-        return len(seen)
-
-    return Door(receiver.endpoint, arrived)
-
-
-def knock(stack: ExitStack, door: Door, keys: CurveKeys | None, data: bytes) -> Socket:
-    socket: Socket = stack.enter_context(zmq.Context.instance().socket(zmq.DEALER))
-    secure(socket, keys, server=False)
-    socket.connect(door.address)
-    socket.send(data)
-    return socket
-
-
-def count_within(door: Door, wanted: int, seconds: float) -> int:
-    deadline = time.monotonic() + seconds
-    while (count := door.arrived()) < wanted and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return count
 
 
 @pytest.mark.parametrize("stranger", STRANGERS)
