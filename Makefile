@@ -16,8 +16,13 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_imports.py
 
+# What only computes runs on all cores; what starts clusters or watches the clock has the machine for itself.
+COMPUTING := $(addprefix tests/,decode_worker engine fuzz kernels models prefill_worker tiny_moe) \
+	tests/test_engine_pair.py tests/test_sameness.py tests/test_tensor_parallel.py
+
 test: setup
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -m "not gpu" -n auto --dist worksteal $(COMPUTING)
+	$(BIN)/pytest -m "not gpu" $(addprefix --ignore=,$(COMPUTING))
 
 fuzz: setup # the fuzzers of tests/fuzz with new seeds, for half an hour
 	HYPOTHESIS_PROFILE=long $(BIN)/pytest --timeout 0 tests/fuzz
