@@ -111,7 +111,7 @@ def _between(name: str, value: float | None, low: float, high: float, *, above: 
     if value is None:
         return
     if not (low < value <= high if above else low <= value <= high):  # NaN is in no range
-        raise InvalidRequest(name, value, f"give a value {'above' if above else 'from'} {low:g} to {high:g}")
+        raise InvalidRequest(name, value, f"give a value {'above' if above else 'from'} {low:.12g} to {high:.12g}")
 
 
 def _at_most(name: str, count: int, limit: int) -> None:
