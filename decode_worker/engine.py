@@ -14,7 +14,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from splitserve.cluster.channel import Socket
 from splitserve.cluster.counts import EngineCounts
@@ -41,6 +41,7 @@ from splitserve.cluster.messages import (
     SampleToken,
     StepTokens,
 )
+from splitserve.decode_worker.decode_request import DecodeRequest, attempt_id
 from splitserve.decode_worker.inlet import KvInlet, Landed, Lost
 from splitserve.decode_worker.slots import Slots
 from splitserve.decode_worker.steps import Outcome, Steps
@@ -65,22 +66,6 @@ class DecodeLimits:
     model: ModelLimits
 
 
-@dataclass(eq=False)
-class _Request:
-    router: bytes
-    message: Reserve
-    tables: list[BlockTable]
-    copies: list[tuple[int, int]]
-    arrived: float
-    joined: bool = False
-    cancelled: set[int] = field(default_factory=set)
-    sequences: list[Sequence] = field(default_factory=list)
-
-    @property
-    def transfer_id(self) -> str:
-        return f"{self.message.request_id}/{self.message.attempt}"
-
-
 class DecodeEngine:
     """Scheduler and state of one decode engine; single-threaded."""
 
@@ -101,7 +86,7 @@ class DecodeEngine:
         self._name, self._incarnation, self._layout = name, incarnation, layout
         self._ranks, self._steps, self._blocks, self._inlet = ranks, steps, blocks, inlet
         self._limits, self._grammars, self._send, self._clock = limits, grammars, send, clock
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, DecodeRequest] = {}
         self._slots = Slots(blocks, limits.slots)
         self._step_time = StepTime(clock)
         self._counts: Counter[str] = Counter()
@@ -191,7 +176,7 @@ class DecodeEngine:
 
     def _check(self, item: Reserve) -> None:
         self._limits.model.check(item)
-        if f"{item.request_id}/{item.attempt}" in self._requests:
+        if attempt_id(item) in self._requests:
             raise InvalidRequest("request_id", item.request_id, "this attempt is under way already")
         room = min(self._limits.max_sequences, self._blocks.num_pages - self._blocks.pages_for(len(item.token_ids)) + 1)
         if item.params.n > room:
@@ -206,7 +191,7 @@ class DecodeEngine:
             tables = self._allocate(item)
         if tables is None:
             return None
-        request = _Request(router, item, *tables, arrived=self._clock())
+        request = DecodeRequest(router, item, *tables, arrived=self._clock())
         ticket = self._inlet.open(request.transfer_id, item, request.tables[0])
         if ticket is None:
             self._free_tables(request)
@@ -256,7 +241,7 @@ class DecodeEngine:
                 case Lost(reason=reason):
                     self._fail(request, TransferFailed(reason))
 
-    def _join(self, request: _Request, hand_off: HandOff) -> None:
+    def _join(self, request: DecodeRequest, hand_off: HandOff) -> None:
         message = request.message
         if len(hand_off.first_tokens) != message.params.n:
             self._fail(
@@ -273,7 +258,7 @@ class DecodeEngine:
         for sequence, table, first in zip(list(request.sequences), request.tables, hand_off.first_tokens, strict=True):
             self._start(request, sequence, table, first)
 
-    def _start(self, request: _Request, sequence: Sequence, table: BlockTable, first_token: int) -> None:
+    def _start(self, request: DecodeRequest, sequence: Sequence, table: BlockTable, first_token: int) -> None:
         sequence.table = table
         sequence.computed_tokens = len(sequence.token_ids)
         self._slots.add(sequence)
@@ -285,7 +270,7 @@ class DecodeEngine:
     def _advance(self, outcomes: list[Outcome]) -> None:
         outgoing: dict[bytes, list[SampleToken]] = {}
         for sequence, chosen in outcomes:
-            request = self._requests.get(f"{sequence.request_id}/{sequence.attempt}")
+            request = self._requests.get(attempt_id(sequence))
             if request is None or sequence not in request.sequences:
                 continue  # it ended while this step was under way, or through another of its samples
             if chosen is None:
@@ -303,14 +288,14 @@ class DecodeEngine:
         for router, tokens in outgoing.items():
             self._send(router, StepTokens(tuple(tokens)))
 
-    def _end(self, request: _Request, sequence: Sequence) -> None:
+    def _end(self, request: DecodeRequest, sequence: Sequence) -> None:
         request.sequences.remove(sequence)
         self._slots.remove(sequence)
         if not request.sequences:
             self._requests.pop(request.transfer_id, None)
 
     def _cancel(self, router: bytes, item: Cancel) -> None:
-        request = self._requests.get(f"{item.request_id}/{item.attempt}")
+        request = self._requests.get(attempt_id(item))
         if request is None or request.router != router:
             return
         if item.sample is None:
@@ -321,7 +306,7 @@ class DecodeEngine:
             if sequence.sample == item.sample:
                 self._end(request, sequence)
 
-    def _drop(self, request: _Request) -> None:
+    def _drop(self, request: DecodeRequest) -> None:
         """Free everything of a request, in whatever state it is."""
         del self._requests[request.transfer_id]
         if request.joined:
@@ -331,11 +316,11 @@ class DecodeEngine:
             self._inlet.close(request.transfer_id)
             self._free_tables(request)
 
-    def _free_tables(self, request: _Request) -> None:
+    def _free_tables(self, request: DecodeRequest) -> None:
         for table in request.tables:
             self._blocks.free(table)
 
-    def _fail(self, request: _Request, error: SplitserveError) -> None:
+    def _fail(self, request: DecodeRequest, error: SplitserveError) -> None:
         self._drop(request)
         message = request.message
         log.warning("%s", error, extra={"request_id": message.request_id})
@@ -357,5 +342,5 @@ class DecodeEngine:
         """Nothing can run although something should: no page is free and the host tier is full."""
         victim = self._slots.stuck()
         if victim is not None:
-            request = self._requests[f"{victim.request_id}/{victim.attempt}"]
+            request = self._requests[attempt_id(victim)]
             self._fail(request, Overloaded("KV memory and the host tier are full; raise kv_transfer.host_tier", 1.0))
