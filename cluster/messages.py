@@ -3,7 +3,8 @@
     router                 prefill engine                 decode engine
       | Reserve ------------------------------------------->|
       |<------------------------------- Granted | Busy | Failed
-      | Prefill(ticket) ------>|                             |
+      | Prefill -------------->|                             |   at once, where decode is known to have room
+      | SendTo(ticket) ------->|                             |   once it is granted
       |<---------- FirstToken  | == KV frames, by layer ===> |
       |<-------------------------------------------- Joined  |   KV committed, the sequence has a slot
       |<---------------------------------------- StepTokens  |   one message a step, all of a router's requests
@@ -26,6 +27,11 @@ from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled"]
+
+
+def transfer_id_of(request_id: str, attempt: int) -> str:
+    """What the transfer of an attempt's KV is known by, before and after it is granted."""
+    return f"{request_id}/{attempt}"
 
 
 @message
@@ -111,17 +117,26 @@ class Busy:
 @message
 @dataclass(frozen=True)
 class Prefill:
-    """Compute the tokens of a reservation that decode has granted."""
+    """Compute the tokens of a reservation. Where their KV goes `SendTo` says, now or later."""
 
     request_id: str
     attempt: int
     token_ids: list[int]
     params: SamplingParams
-    ticket: Ticket
     deadline_s: float
     extra_keys: tuple[str, ...] = ()
     first_sample: int = 0
     output_tokens: int = 0
+
+
+@message
+@dataclass(frozen=True)
+class SendTo:
+    """Decode has granted what prefill was asked for: its KV goes there."""
+
+    request_id: str
+    attempt: int
+    ticket: Ticket
 
 
 @message

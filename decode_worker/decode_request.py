@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from splitserve.cluster.messages import Cancel, Reserve
+from splitserve.cluster.messages import Cancel, Reserve, transfer_id_of
 from splitserve.engine.block_manager import BlockTable
 from splitserve.engine.sequence import Sequence
 
@@ -32,4 +32,4 @@ class DecodeRequest:
 
 def attempt_id(item: Reserve | Cancel | Sequence) -> str:
     """What an attempt, and the transfer of its KV, is known by."""
-    return f"{item.request_id}/{item.attempt}"
+    return transfer_id_of(item.request_id, item.attempt)

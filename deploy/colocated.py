@@ -9,7 +9,7 @@ from splitserve.cluster.channel import Socket
 from splitserve.cluster.counts import BytesUsed
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.layout import KvLayout
-from splitserve.cluster.messages import Cancel, EngineStats, HandOff, Prefill, PrefixUpdate, Reserve, Ticket
+from splitserve.cluster.messages import Cancel, EngineStats, HandOff, Prefill, PrefixUpdate, Reserve, SendTo, Ticket
 from splitserve.decode_worker.engine import DecodeEngine
 from splitserve.decode_worker.inlet import Landed, Lost
 from splitserve.engine.batch import Batch
@@ -17,6 +17,7 @@ from splitserve.engine.block_manager import BlockTable
 from splitserve.engine.ranks import RunBatch
 from splitserve.prefill_worker.engine import PrefillEngine
 from splitserve.prefill_worker.outlet import NO_TRAFFIC, Delivered
+from splitserve.prefill_worker.prompt_request import PromptRequest
 
 
 class LocalInlet:
@@ -62,12 +63,15 @@ class LocalOutlet:
         self._open: set[str] = set()
         self._delivered: list[Delivered] = []
 
-    def open(self, request: Prefill) -> BlockTable:
-        transfer_id = request.ticket.transfer_id
+    def open(self, request: PromptRequest) -> BlockTable:
+        transfer_id = request.transfer_id
         if transfer_id not in self._inlet.tables:
             raise TransferFailed("the reservation is gone")
         self._open.add(transfer_id)
         return self._inlet.tables[transfer_id]
+
+    def send_to(self, ticket: Ticket) -> None:
+        """It goes nowhere."""
 
     def run_command(self, batch: Batch, written: Sequence[tuple[str, int]]) -> object:
         return RunBatch(batch)
@@ -100,7 +104,7 @@ class ColocatedEngine:
         self._prefill, self._decode = prefill, decode
 
     def handle(self, router: bytes, item: object) -> None:
-        if isinstance(item, Prefill | Cancel):
+        if isinstance(item, Prefill | SendTo | Cancel):
             self._prefill.handle(router, item)
         if isinstance(item, Reserve | Cancel):
             self._decode.handle(router, item)

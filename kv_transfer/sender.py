@@ -12,7 +12,7 @@ from splitserve.cluster.errors import ProtocolError, TransferFailed
 from splitserve.cluster.messages import HandOff, RankEndpoint, Ticket
 from splitserve.kernels.kv_pack import KvRegion
 from splitserve.kv_transfer.checksum import bind
-from splitserve.kv_transfer.mover import Mover
+from splitserve.kv_transfer.mover import Mark, Mover
 from splitserve.kv_transfer.outgoing import Flight, Outgoing, build_lanes
 from splitserve.kv_transfer.protocol import (
     HAND_OFF_SEQUENCE,
@@ -64,6 +64,9 @@ class KvSender:
         flights = [flight for outgoing in self._outgoing.values() for flight in outgoing.flights.values()]
         return bool(self._stopping) or any(flight.move is not None or flight.written is not None for flight in flights)
 
+    def __contains__(self, transfer_id: str) -> bool:
+        return transfer_id in self._outgoing
+
     @property
     def active(self) -> tuple[str, ...]:
         """Transfers that have not ended."""
@@ -106,9 +109,16 @@ class KvSender:
         """Give up a ticket that `begin` has not seen: this rank will send nothing."""
         self._tell(ticket, KvDrained(ticket.transfer_id, ticket.epoch, self._rank, reason))
 
-    def ready(self, written: Iterable[tuple[str, int]], layers: Sequence[int]) -> None:
-        """Each (transfer, stop token) of `written`: the KV of `layers` before it is in the pages, or launched to be."""
-        mark = self._mover.mark()
+    def mark(self) -> Mark:
+        """What the engine has launched up to now."""
+        return self._mover.mark()
+
+    def ready(self, written: Iterable[tuple[str, int]], layers: Sequence[int], mark: Mark = None) -> None:
+        """Each (transfer, stop token) of `written`: the KV of `layers` before it is in the pages, or launched to be.
+
+        Launched until `mark`, or until now.
+        """
+        mark = mark or self.mark()
         for transfer_id, stop_token in written:
             if (outgoing := self._outgoing.get(transfer_id)) is not None:
                 for layer in layers:

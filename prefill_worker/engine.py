@@ -34,6 +34,8 @@ from splitserve.cluster.messages import (
     HandOff,
     Prefill,
     PrefixUpdate,
+    SendTo,
+    transfer_id_of,
 )
 from splitserve.engine.batch import Batch, Chunk
 from splitserve.engine.block_manager import BlockManager
@@ -101,6 +103,8 @@ class PrefillEngine:
         match item:
             case Prefill():
                 self._submit(router, item)
+            case SendTo():
+                self._send_to(router, item)
             case Cancel():
                 self._cancel(router, item)
             case _:
@@ -144,7 +148,7 @@ class PrefillEngine:
         for request in self._requests():
             if now - request.arrived > request.message.deadline_s:
                 self._fail(request, DeadlineExceeded("the deadline passed during prefill"))
-        self._outlet.keep([request.message.ticket for request in self._waiting])
+        self._outlet.keep([request.ticket for request in self._waiting if request.ticket is not None])
 
     def stats(self) -> EngineStats:
         traffic = self._outlet.traffic
@@ -182,10 +186,21 @@ class PrefillEngine:
         sequence.constrain(self._grammars)
         self._waiting.append(request)
 
+    def _send_to(self, router: bytes, item: SendTo) -> None:
+        transfer_id = transfer_id_of(item.request_id, item.attempt)
+        for request in self._requests():
+            if (request.transfer_id, request.router, request.ticket) == (transfer_id, router, None):
+                request.ticket = item.ticket
+                if request not in self._waiting:
+                    self._outlet.send_to(item.ticket)
+                return
+        self._outlet.decline(item.ticket, "prefill has ended this request")
+
     def _check(self, item: Prefill) -> None:
         self._limits.model.check(item)
-        if any(request.transfer_id == item.ticket.transfer_id for request in self._requests()):
-            raise InvalidRequest("transfer_id", item.ticket.transfer_id, "this transfer is under way already")
+        transfer_id = transfer_id_of(item.request_id, item.attempt)
+        if any(request.transfer_id == transfer_id for request in self._requests()):
+            raise InvalidRequest("request_id", item.request_id, "this attempt is under way already")
         if len(self._waiting) + len(self._running) >= self._limits.max_requests:
             raise Overloaded(f"{self._name} has {self._limits.max_requests} prompts already", 1.0)
 
@@ -206,7 +221,7 @@ class PrefillEngine:
             if request is None:
                 return
             try:
-                table = self._outlet.open(request.message)
+                table = self._outlet.open(request)
             except SplitserveError as error:
                 self._remove(request)
                 self._report(request, error)
@@ -303,10 +318,10 @@ class PrefillEngine:
         self._send(request.router, Failed(message.request_id, message.attempt, error.code, str(error)))
 
     def _drop(self, request: PromptRequest, reason: str) -> None:
-        if request in self._waiting:
-            self._outlet.decline(request.message.ticket, reason)
-        else:
+        if request not in self._waiting:
             self._outlet.abort(request.transfer_id, reason)
+        elif request.ticket is not None:
+            self._outlet.decline(request.ticket, reason)
         self._remove(request)
 
     def _remove(self, request: PromptRequest) -> None:

@@ -10,14 +10,16 @@ from splitserve.cluster.channel import Socket
 from splitserve.cluster.codec import message
 from splitserve.cluster.counts import TransferCounts
 from splitserve.cluster.errors import TransferFailed
-from splitserve.cluster.messages import HandOff, Prefill, Ticket
+from splitserve.cluster.messages import HandOff, Ticket
 from splitserve.engine.batch import Batch
 from splitserve.engine.block_manager import BlockManager, BlockTable
 from splitserve.engine.ranks import Agreement, Handlers, Ranks
 from splitserve.engine.runner import ModelRunner
+from splitserve.kv_transfer.mover import Mark
 from splitserve.kv_transfer.protocol import SendFailed
 from splitserve.kv_transfer.sender import KvSender
 from splitserve.kv_transfer.traffic import total
+from splitserve.prefill_worker.prompt_request import PromptRequest
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,14 @@ class Delivered:
 class KvOutlet(Protocol):
     """What the prefill engine needs to know of the way that KV takes."""
 
-    def open(self, request: Prefill) -> BlockTable | None:
+    def open(self, request: PromptRequest) -> BlockTable | None:
         """Pages to compute the prompt's KV into; None when there is no room now.
 
-        Raises TransferFailed when the ticket is good no more.
+        Raises TransferFailed when the reservation is good no more.
         """
+
+    def send_to(self, ticket: Ticket) -> None:
+        """Where the KV goes of a transfer that was opened before decode had granted it."""
 
     def run_command(self, batch: Batch, written: Sequence[tuple[str, int]]) -> object:
         """The command that runs `batch`, after which each (transfer, stop token) of `written` is in its pages."""
@@ -85,7 +90,8 @@ class BeginSend:
 class RunAndSend:
     """Run the model and send, layer by layer, what it writes: each (transfer, stop token) of `written`.
 
-    Transfers that `begin` with this batch do so once the device has work: it is not kept waiting for them.
+    Transfers that `begin` with this batch do so once the device has work: it is not kept waiting for them. What is
+    written of others is sent once they begin.
     """
 
     batch: Batch
@@ -133,6 +139,7 @@ class SendService:
 
     def __init__(self, runner: ModelRunner, sender: KvSender) -> None:
         self._runner, self._sender = runner, sender
+        self._written: dict[str, list[tuple[int, range, Mark]]] = {}  # of transfers that wait for their tickets
         self._reports: list[object] = []
         self._reported = (0, 0)
         self.handlers: Handlers = {
@@ -140,7 +147,8 @@ class SendService:
             DeclineSend: lambda command: sender.decline(command.ticket, command.reason),
             RunAndSend: self._run,
             FinishSend: lambda command: sender.finish(command.transfer_id, command.hand_off),
-            AbortSend: lambda command: sender.abort(command.transfer_id, command.reason),
+            BeginSend: self._begin,
+            AbortSend: self._abort,
         }
 
     @property
@@ -173,6 +181,12 @@ class SendService:
             self._reports.append(SendOver(ticket.transfer_id, str(error)))
             return
         self._sender.ready([(ticket.transfer_id, command.cached_tokens)], range(ticket.layout.num_layers))
+        for stop_token, layers, mark in self._written.pop(ticket.transfer_id, ()):
+            self._sender.ready([(ticket.transfer_id, stop_token)], layers, mark)
+
+    def _abort(self, command: AbortSend) -> None:
+        self._written.pop(command.transfer_id, None)
+        self._sender.abort(command.transfer_id, command.reason)
 
     def _run(self, command: RunAndSend) -> object:
         begin = list(command.begin)
@@ -180,14 +194,38 @@ class SendService:
         def layers_written(layers: range) -> None:
             while begin:
                 self._begin(begin.pop(0))
-            self._sender.ready(command.written, layers)
+            self._note(command.written, layers)
             self._pump()
 
         return self._runner.run(command.batch, layers_written)
 
+    def _note(self, written: Sequence[tuple[str, int]], layers: range) -> None:
+        """Tell the sender what is written, or remember it until the transfer begins."""
+        mark = self._sender.mark()
+        self._sender.ready(written, layers, mark)
+        for transfer_id, stop_token in written:
+            if transfer_id not in self._sender:
+                self._written.setdefault(transfer_id, []).append((stop_token, layers, mark))
+
     def _pump(self) -> None:
         for event in self._sender.pump():
             self._reports.append(SendOver(event.transfer_id, event.reason if isinstance(event, SendFailed) else None))
+
+
+@dataclass
+class _Transfer:
+    """Begins when its `ticket` is there and a batch is launched that has `written` to its pages, both.
+
+    `hand_off` waits for the ticket.
+    """
+
+    table: BlockTable
+    ticket: Ticket | None
+    written: bool = False
+    hand_off: HandOff | None = None
+
+    def begin(self, ticket: Ticket) -> BeginSend:
+        return BeginSend(ticket, self.table.pages, self.table.cached_tokens)
 
 
 class SendOutlet:
@@ -195,40 +233,56 @@ class SendOutlet:
 
     def __init__(self, ranks: Ranks, blocks: BlockManager) -> None:
         self._ranks, self._blocks = ranks, blocks
-        self._tables: dict[str, BlockTable] = {}
-        self._to_begin: dict[str, BeginSend] = {}
+        self._transfers: dict[str, _Transfer] = {}
         self._agreement = Agreement(ranks.size)
         self._traffic: dict[int, SendTraffic] = {}
 
-    def open(self, request: Prefill) -> BlockTable | None:
+    def open(self, request: PromptRequest) -> BlockTable | None:
         # Prompt log probabilities need the logits of every position, so nothing may come from the cache.
-        reuse = None if request.params.prompt_logprobs is None else 0
-        table = self._blocks.allocate(request.token_ids, request.extra_keys, max_cached_tokens=reuse)
+        message = request.message
+        reuse = None if message.params.prompt_logprobs is None else 0
+        table = self._blocks.allocate(message.token_ids, message.extra_keys, max_cached_tokens=reuse)
         if table is not None:
-            transfer_id = request.ticket.transfer_id
-            self._tables[transfer_id] = table
-            self._to_begin[transfer_id] = BeginSend(request.ticket, table.pages, table.cached_tokens)
+            self._transfers[request.transfer_id] = _Transfer(table, request.ticket)
         return table
 
+    def send_to(self, ticket: Ticket) -> None:
+        transfer = self._transfers[ticket.transfer_id]
+        transfer.ticket = ticket
+        if transfer.written:
+            self._ranks.execute(transfer.begin(ticket))
+        if transfer.hand_off is not None:
+            self.finish(ticket.transfer_id, transfer.hand_off)
+
     def run_command(self, batch: Batch, written: Sequence[tuple[str, int]]) -> object:
-        begin = [self._to_begin.pop(transfer_id) for transfer_id, _ in written if transfer_id in self._to_begin]
+        begin = []
+        for transfer in (self._transfers[transfer_id] for transfer_id, _ in written):
+            if not transfer.written and transfer.ticket is not None:
+                begin.append(transfer.begin(transfer.ticket))
+            transfer.written = True
         return RunAndSend(batch, tuple(begin), tuple(written))
 
     def finish(self, transfer_id: str, hand_off: HandOff) -> None:
-        self._ranks.execute(FinishSend(transfer_id, hand_off))
+        transfer = self._transfers[transfer_id]
+        if transfer.ticket is None:
+            transfer.hand_off = hand_off
+        else:
+            self._ranks.execute(FinishSend(transfer_id, hand_off))
 
     def keep(self, tickets: Sequence[Ticket]) -> None:
-        if all_tickets := (*tickets, *(begin.ticket for begin in self._to_begin.values())):
+        opened = (transfer.ticket for transfer in self._transfers.values() if not transfer.written)
+        if all_tickets := (*tickets, *filter(None, opened)):
             self._ranks.execute(RenewSends(all_tickets))
 
     def decline(self, ticket: Ticket, reason: str) -> None:
         self._ranks.execute(DeclineSend(ticket, reason))
 
     def abort(self, transfer_id: str, reason: str) -> None:
-        if begin := self._to_begin.pop(transfer_id, None):
-            self.decline(begin.ticket, reason)
-        else:
+        transfer = self._transfers[transfer_id]
+        if transfer.written:
             self._ranks.execute(AbortSend(transfer_id, reason))
+        elif transfer.ticket is not None:
+            self.decline(transfer.ticket, reason)
         self._close(transfer_id)
 
     def poll(self) -> list[Delivered]:
@@ -236,7 +290,7 @@ class SendOutlet:
         for rank, report in self._ranks.poll():
             if isinstance(report, SendTraffic):
                 self._traffic[rank] = report
-            if not isinstance(report, SendOver) or report.transfer_id not in self._tables:
+            if not isinstance(report, SendOver) or report.transfer_id not in self._transfers:
                 continue
             if report.error is not None:
                 self.abort(report.transfer_id, report.error)
@@ -253,4 +307,4 @@ class SendOutlet:
 
     def _close(self, transfer_id: str) -> None:
         self._agreement.forget(transfer_id)
-        self._blocks.free(self._tables.pop(transfer_id))
+        self._blocks.free(self._transfers.pop(transfer_id).table)

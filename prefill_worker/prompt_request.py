@@ -6,26 +6,30 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from splitserve.cluster.messages import FirstToken, Prefill, SampleToken, TokenLogprobs
+from splitserve.cluster.messages import FirstToken, Prefill, SampleToken, Ticket, TokenLogprobs, transfer_id_of
 from splitserve.engine.sampler import prompt_logprobs
 from splitserve.engine.sequence import Sequence
 
 
 @dataclass(eq=False)
 class PromptRequest:
-    """`uncached`: prompt tokens that no cache had when it came. Times are the engine's clock's."""
+    """`uncached`: prompt tokens that no cache had when it came. Times are the engine's clock's.
+
+    `ticket` says where its KV goes, once decode has granted that.
+    """
 
     router: bytes
     message: Prefill
     sequence: Sequence
     arrived: float
     uncached: int
+    ticket: Ticket | None = None
     started: float = 0.0
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     @property
     def transfer_id(self) -> str:
-        return self.message.ticket.transfer_id
+        return transfer_id_of(self.message.request_id, self.message.attempt)
 
     @property
     def can_begin(self) -> bool:

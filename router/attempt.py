@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from splitserve.cluster.layout import KvLayout
-from splitserve.cluster.messages import Busy, Cancel, Granted, Prefill, Reserve
+from splitserve.cluster.messages import Busy, Cancel, Failed, FirstToken, Granted, Prefill, Reserve, SendTo, Ticket
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.router.output_buffer import SampleOutput
 from splitserve.router.policy import Placement
@@ -22,8 +22,8 @@ from splitserve.router.policy import Placement
 class Attempt:
     """Number `number` of a request, for `samples` with consecutive indices that stand at the same token.
 
-    `reply` is the decode engine's answer. `joined`: decode has all that it needs of prefill. `uncached`:
-    how many tokens prefill is expected to compute.
+    `reply` ends the wait for decode's leave. `joined`: decode has all that it needs of prefill. `uncached`:
+    how many tokens prefill is expected to compute. `early` is what prefill has answered before decode has.
     """
 
     def __init__(
@@ -37,8 +37,9 @@ class Attempt:
         uncached: int,
     ) -> None:
         self.number, self.placement, self.samples, self.uncached = number, placement, samples, uncached
-        self.reply: asyncio.Future[Granted | Busy] = asyncio.get_running_loop().create_future()
+        self.reply: asyncio.Future[Granted | Busy | Failed] = asyncio.get_running_loop().create_future()
         self.joined = False
+        self.early: FirstToken | None = None
         self._request_id = request_id
         self._asked: dict[str, Any] = {
             "request_id": request_id,
@@ -67,10 +68,10 @@ class Attempt:
         return Reserve(source=source, deadline_s=deadline_s, **self._asked)
 
     def prefill(self, deadline_s: float) -> Prefill:
-        """For an attempt that was granted."""
-        granted = self.reply.result()
-        assert isinstance(granted, Granted)
-        return Prefill(ticket=granted.ticket, deadline_s=deadline_s, **self._asked)
+        return Prefill(deadline_s=deadline_s, **self._asked)
+
+    def send_to(self, ticket: Ticket) -> SendTo:
+        return SendTo(self._request_id, self.number, ticket)
 
     def cancel(self, sample: int | None = None) -> Cancel:
         return Cancel(self._request_id, self.number, sample)

@@ -43,8 +43,8 @@ from splitserve.router.engines import Engines
 from splitserve.router.fair import Claimant, FairSemaphore
 from splitserve.router.metrics import AttemptReason, RouterMetrics, outcome
 from splitserve.router.output_buffer import Answered, SampleOutput
-from splitserve.router.policy import ANSWER_TOKENS, EngineView, Placement, Wanted, lateness, place
-from splitserve.router.request import MOST_LOSSES, Chunk, Request, Summary
+from splitserve.router.policy import ANSWER_TOKENS, EngineView, Placement, Wanted, has_room, lateness, place
+from splitserve.router.request import MOST_LOSSES, Chunk, Request, Summary, error_of
 from splitserve.router.tenants import Tenant
 from splitserve.router.timeline import Timeline
 from splitserve.router.traces import RecentRequests, RequestTrace
@@ -174,9 +174,7 @@ class Dispatcher:
     async def _begin(self, request: Request, samples: Sequence[SampleOutput], why: AttemptReason) -> None:
         """Get room on some decode engine, then ask a prefill engine for the KV. Whom all refuse waits in line."""
         if not self._line.locked:
-            attempt = await self._ask(request, samples, why)
-            if isinstance(attempt, Attempt):
-                self._prefill(request, attempt)
+            if await self._ask(request, samples, why, in_line=False) is None:
                 return
             why = "busy"
         claim = self._line.claim(request.claimant)
@@ -184,15 +182,18 @@ class Dispatcher:
             while True:
                 async with self._line.hold(claim):
                     while not self._line.outranked(claim):
-                        attempt = await self._ask(request, samples, why)
-                        if isinstance(attempt, Attempt):
-                            self._prefill(request, attempt)
+                        if (retry_s := await self._ask(request, samples, why, in_line=True)) is None:
                             return
                         why = "busy"
-                        await asyncio.sleep(attempt)
+                        await asyncio.sleep(retry_s)
 
-    async def _ask(self, request: Request, samples: Sequence[SampleOutput], why: AttemptReason) -> Attempt | float:
-        """Ask decode engines, the best placed first, until one has room; else after how many seconds to ask again."""
+    async def _ask(
+        self, request: Request, samples: Sequence[SampleOutput], why: AttemptReason, *, in_line: bool
+    ) -> float | None:
+        """Ask decode engines, the best placed first, until one has room; else after how many seconds to ask again.
+
+        Prefill is asked at once where decode is known to have room and nobody is `in_line`.
+        """
         refusals: dict[str, float] = {}
         while True:
             prefills = self.engines.views("prefill", "colocated")
@@ -205,13 +206,25 @@ class Dispatcher:
             placement = place(prefills, untried, self._policy, counter, wanted, linked)
             self._refuse_late(request, next(one for one in prefills if one.engine == placement.prefill), wanted)
             attempt = request.attempt(samples, placement, wanted.uncached(placement.prefill))
+            chosen = next(one for one in untried if one.engine == placement.decode)
+            early = not in_line and placement.prefill != placement.decode and has_room(chosen, wanted)
             self.metrics.attempts["busy" if refusals else why].inc()
             source, decode = self.engines.layout(placement.prefill), placement.decode
             lacking = 0 if decode == placement.prefill else wanted.uncached(decode)
             self.engines.place(decode, attempt.reserve(source, request.remaining_s), lacking)
+            if early:
+                self._prefill(request, attempt)
             reply = await attempt.reply
             if isinstance(reply, Granted):
-                return attempt
+                if request.has(attempt.number):  # else lost since: others go on already
+                    if not early:
+                        self._prefill(request, attempt)
+                    self.engines.send(placement.prefill, attempt.send_to(reply.ticket))
+                return None
+            if early:
+                self._cancel(attempt)
+            if isinstance(reply, Failed):
+                raise error_of(reply)
             refusals[decode] = reply.retry_after_s
 
     def _wanted(self, request: Request, sample: SampleOutput) -> Wanted:
@@ -234,9 +247,6 @@ class Dispatcher:
         return self._links
 
     def _prefill(self, request: Request, attempt: Attempt) -> None:
-        if not request.has(attempt.number):
-            return  # lost since it was granted: others go on already
-        request.timeline.placed(attempt)
         self._links[attempt.placement] = time.monotonic()
         self.engines.place(attempt.placement.prefill, attempt.prefill(request.remaining_s), attempt.uncached)
 

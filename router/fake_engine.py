@@ -36,6 +36,7 @@ from splitserve.cluster.messages import (
     RankEndpoint,
     Reserve,
     SampleToken,
+    SendTo,
     StepTokens,
     Ticket,
     TokenLogprobs,
@@ -53,6 +54,7 @@ Role = Literal["prefill", "decode", "colocated"]
 class Behaviour:
     """How fake engines behave; durations in seconds."""
 
+    grant_s: float = 0.0  # that decode takes to grant
     prefill_s: float = 0.0
     transfer_s: float = 0.0
     step_s: float = 0.002
@@ -68,12 +70,14 @@ PROMPT = Behaviour()
 
 @dataclass
 class _Job:
-    """One attempt on one engine. `position` is that of the next token."""
+    """One attempt on one engine. `position` is that of the next token; `target` the decode engine that gets its KV."""
 
     router: bytes
     message: Reserve | Prefill
     position: int = field(init=False)
     live: set[int] = field(init=False)
+    target: str = ""
+    transferred: bool = False
 
     def __post_init__(self) -> None:
         self.position = len(self.message.token_ids)
@@ -124,6 +128,8 @@ class FakeEngine:
                     self._reserve(router, message)
                 case Prefill():
                     self._prefill(router, message)
+                case SendTo():
+                    self._send_to(message)
                 case Cancel():
                     self._cancel(message)
 
@@ -199,17 +205,22 @@ class FakeEngine:
         self.jobs[key] = _Job(router, message)
         endpoint = RankEndpoint(self.member.engine, "memory", "localhost", "", 0, 0)
         ticket = Ticket("/".join(map(str, key)), 1, LAYOUT, 0, len(message.token_ids), 10.0, (endpoint,))
-        self._send(router, Granted(*key, ticket))
+        self._cluster.after(self._behaviour.grant_s, lambda: self._send(router, Granted(*key, ticket)))
 
     def _prefill(self, router: bytes, message: Prefill) -> None:
         key = (message.request_id, message.attempt)
         job = _Job(router, message)
         if self.member.role == "prefill":
             self.jobs[key] = job
-        decode = message.ticket.endpoints[0].address
-        self._cluster.after(self._behaviour.prefill_s, lambda: self._answer(key, job, decode))
+        self._cluster.after(self._behaviour.prefill_s, lambda: self._answer(key, job))
 
-    def _answer(self, key: tuple[str, int], job: _Job, decode: str) -> None:
+    def _send_to(self, message: SendTo) -> None:
+        key = (message.request_id, message.attempt)
+        if (job := self.jobs.get(key)) is not None:
+            job.target = message.ticket.endpoints[0].address
+            self._hand_over(key, job)
+
+    def _answer(self, key: tuple[str, int], job: _Job) -> None:
         if key not in self.jobs:
             return
         if self._behaviour.fail_prefill is not None:
@@ -226,13 +237,20 @@ class FakeEngine:
         first = FirstToken(*key, tokens, prompt_logprobs, 0, 0.0, self._behaviour.prefill_s)
         self._cluster.on_step(tokens)
         self._cluster.after(self._behaviour.first_token_delay_s, lambda: self._send(job.router, first))
-        self._cluster.after(self._behaviour.transfer_s, lambda: self._hand_over(key, decode))
+        self._cluster.after(self._behaviour.transfer_s, lambda: self._transferred(key))
 
-    def _hand_over(self, key: tuple[str, int], decode: str) -> None:
-        if self.member.role == "prefill" and self.jobs.pop(key, None) is None:
+    def _transferred(self, key: tuple[str, int]) -> None:
+        if (job := self.jobs.get(key)) is not None:
+            job.transferred = True
+            self._hand_over(key, job)
+
+    def _hand_over(self, key: tuple[str, int], job: _Job) -> None:
+        if not (job.target and job.transferred):
             return
+        if self.member.role == "prefill":
+            del self.jobs[key]
         self._handed_over += 1
-        self._cluster.join(decode, key)
+        self._cluster.join(job.target, key)
 
     def _cancel(self, message: Cancel) -> None:
         self.cancels.append(message)

@@ -105,6 +105,11 @@ def predicted_ttfts(prefills: Sequence[EngineView], wanted: Wanted) -> dict[str,
     return times
 
 
+def has_room(decode: EngineView, wanted: Wanted) -> bool:
+    """Whether a decode engine has a slot and KV room, by what it last said: it will hardly refuse."""
+    return decode.load < decode.slots and wanted.tokens <= decode.free_tokens - decode.placed_tokens
+
+
 def lateness(prefill: EngineView, wanted: Wanted, limit_s: float) -> float:
     """By how many seconds the first token is predicted to come after `limit_s`.
 

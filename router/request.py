@@ -148,21 +148,27 @@ class Request:
         """Take anything else about an attempt that goes on. Returns it when it is lost by that."""
         attempt = self._attempts[message.attempt]
         match message:
-            case Granted() | Busy():
+            case Granted():
+                self.timeline.placed(attempt)
                 self._answer(attempt, message)
+                if attempt.early is not None:
+                    self._accept_first(attempt.early)
+            case Busy():
+                self._answer(attempt, message)
+            case FirstToken() if not attempt.reply.done():
+                attempt.early = message
             case FirstToken():
                 self._accept_first(message)
             case Joined():
                 attempt.joined = True
                 self.timeline.joined(attempt.number)
-            case Failed() if not attempt.reply.done():
-                del self._attempts[attempt.number]
-                attempt.reply.set_exception(_error(message))
+            case Failed(code=code) if not attempt.reply.done():
+                self._answer(attempt, Busy(self.id, attempt.number, LOST_RETRY_S) if code in PASSING else message)
             case Failed(code=code) if code in PASSING and attempt.unfinished:
                 self.broken.add(attempt.placement)
                 return self._attempts.pop(attempt.number)
             case Failed():
-                self.fail(_error(message))
+                self.fail(error_of(message))
         return None
 
     def fail(self, error: SplitserveError) -> None:
@@ -210,8 +216,8 @@ class Request:
             spans=partial(self.timeline.spans, ended),
         )
 
-    def _answer(self, attempt: Attempt, reply: Granted | Busy) -> None:
-        if isinstance(reply, Busy):  # what happens to that engine is no longer this request's concern
+    def _answer(self, attempt: Attempt, reply: Granted | Busy | Failed) -> None:
+        if not isinstance(reply, Granted):  # what happens to that engine is no longer this request's concern
             del self._attempts[attempt.number]
             self.placement = Placement()
         if not attempt.reply.done():
@@ -227,7 +233,8 @@ class Request:
             self._output.accept(token)
 
 
-def _error(message: Failed) -> SplitserveError:
+def error_of(message: Failed) -> SplitserveError:
+    """What an engine failed with."""
     error = SplitserveError(message.message)
     error.code = message.code
     return error

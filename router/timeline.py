@@ -90,7 +90,7 @@ class Timeline:
         return time.monotonic() - self.arrived
 
     def placed(self, attempt: Attempt) -> None:
-        """Decode has granted room and prefill has been asked."""
+        """Decode has granted room."""
         now = time.monotonic()
         if self._placed is None:
             self._metrics.queue.observe(now - self.arrived)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from splitserve.cluster.messages import (
     RankEndpoint,
     Reserve,
     SampleToken,
+    SendTo,
     StepTokens,
     TokenLogprobs,
 )
@@ -70,6 +72,7 @@ class Settings:
     copies_take_s: float = 0.0  # of KV, at most
     seed: int = 0
     lease_s: float = 20.0
+    late_tickets: int = 0  # steps, at most, between a prompt and the ticket of its KV
     capacities: tuple[int, ...] = ()  # of decode graphs; without them decode runs step by step
     device: str = "cpu"
     graph_tokens: tuple[int, ...] = ()  # of prefill graphs; without them prefill runs torch operations
@@ -109,6 +112,7 @@ class InProcessCluster:
         self._asked: dict[str, tuple[list[int], SamplingParams]] = {}
         self._goes_on: dict[str, tuple[int, int]] = {}
         self._retry: list[str] = []
+        self._dice, self._tickets = random.Random(settings.seed), list[tuple[int, SendTo]]()
         self._limits = ModelLimits(settings.context, self._config.vocab_size, frozenset(self._config.eos_token_ids))
         self.grammars = Grammars(lambda: GrammarCompiler(folder, self._limits.vocab_size, self._limits.eos_token_ids))
         self.devices: list[SlowDevice] = []
@@ -145,6 +149,7 @@ class InProcessCluster:
         self.step()
 
     def step(self) -> None:
+        self._hand_out_tickets(1)
         retry, self._retry = self._retry, []
         for name in retry:
             self._reserve(name)
@@ -231,12 +236,21 @@ class InProcessCluster:
         item = Reserve(name, 0, token_ids, params, self.layout, 60.0, (), *self._goes_on[name])
         self.engines[-1].handle(ROUTER, item)
 
+    def _hand_out_tickets(self, steps: int) -> None:
+        waiting, self._tickets = [(left - steps, ticket) for left, ticket in self._tickets], []
+        self._tickets = [(left, ticket) for left, ticket in waiting if left > 0]
+        for ticket in [ticket for left, ticket in waiting if left <= 0]:
+            self.engines[0].handle(ROUTER, ticket)
+
     def _hear(self, router: bytes, item: object) -> None:
         match item:
             case Granted(request_id=name, ticket=ticket):
                 token_ids, params = self._asked[name]
-                prefill = Prefill(name, 0, token_ids, params, ticket, 60.0, (), *self._goes_on[name])
+                prefill = Prefill(name, 0, token_ids, params, 60.0, (), *self._goes_on[name])
                 self.engines[0].handle(ROUTER, prefill)
+                steps = self._dice.randint(0, self.settings.late_tickets)
+                self._tickets.append((steps, SendTo(name, 0, ticket)))
+                self._hand_out_tickets(0)
             case Busy(request_id=name):
                 self._retry.append(name)
             case FirstToken(request_id=name):

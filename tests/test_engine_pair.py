@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from splitserve.cluster.messages import Cancel
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.kv_transfer.memory import Faults
 from tests.engines import ROUTER, InProcessCluster, Settings
@@ -239,3 +240,34 @@ def test_faulty_links_change_no_token(tiny_model: Path, seed: int) -> None:
         else:
             assert answer.failed.code == "UNAVAILABLE"
     assert_everything_is_free(noisy)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_prompts_are_computed_before_their_tickets_come(tiny_model: Path, seed: int) -> None:
+    prompts = [PROMPT[: 20 + 9 * number] for number in range(5)]
+    tokens = []
+    for late in (0, 12):
+        cluster = InProcessCluster(tiny_model, Settings(chunk_tokens=24, late_tickets=late, seed=seed))
+        for number, prompt in enumerate(prompts):
+            cluster.ask(str(number), prompt, replace(PARAMS, n=1 + number % 2, seed=7, temperature=0.8))
+        tokens.append({name: dict(answer.tokens) for name, answer in cluster.run().items()})
+        assert_everything_is_free(cluster)
+    assert tokens[1] == tokens[0]
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_what_ends_before_its_ticket_comes_is_freed_and_so_is_the_reservation(tiny_model: Path, steps: int) -> None:
+    cluster = InProcessCluster(tiny_model, Settings(chunk_tokens=24, late_tickets=1000, seed=1))
+    cluster.ask("a", PROMPT, PARAMS)
+    for _ in range(steps):
+        cluster.step()
+    prefill, decode = cluster.engines
+    prefill.handle(ROUTER, Cancel("a", 0))
+    assert cluster.blocks[0].free_pages == cluster.settings.pages
+    assert decode.stats().waiting == 1
+    began = time.monotonic()
+    for _ in range(1000):
+        cluster.step()
+    assert cluster.answers["a"].failed is not None
+    assert time.monotonic() - began < cluster.settings.lease_s, "only the lease ended it"
+    assert_everything_is_free(cluster)

@@ -114,9 +114,8 @@ class EngineAlone:
 
     def _hear(self, router: bytes, item: object) -> None:
         match item:
-            case Granted(request_id=name, ticket=ticket):
-                prompt = self._prompts[name]
-                self._engine.handle(ROUTER, Prefill(name, 0, prompt, self._params, ticket, DEADLINE_S))
+            case Granted(request_id=name):
+                self._engine.handle(ROUTER, Prefill(name, 0, self._prompts[name], self._params, DEADLINE_S))
             case FirstToken(tokens=tokens):
                 self._started += 1
                 self._ended += sum(token.finish_reason is not None for token in tokens)

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from splitserve.cluster.layout import KvLayout
-from splitserve.cluster.messages import Prefill, Ticket
+from splitserve.cluster.messages import HandOff, Prefill, Ticket
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.engine.batch import Batch
 from splitserve.engine.block_manager import BlockManager
-from splitserve.prefill_worker.outlet import AbortSend, BeginSend, DeclineSend, RenewSends, RunAndSend, SendOutlet
+from splitserve.engine.sequence import ModelLimits, Sequence
+from splitserve.prefill_worker.outlet import (
+    AbortSend,
+    BeginSend,
+    DeclineSend,
+    FinishSend,
+    RenewSends,
+    RunAndSend,
+    SendOutlet,
+)
+from splitserve.prefill_worker.prompt_request import PromptRequest
 
 LAYOUT = KvLayout(1, 2, 2, 1, 8, 16, "float32")
 BATCH = Batch.of([])
@@ -28,17 +38,18 @@ class RecordingRanks:
         return []
 
 
-def prefill(name: str) -> Prefill:
-    ticket = Ticket(name, 7, LAYOUT, 0, 20, 5.0, ())
-    tokens = list(range(20))
-    return Prefill(name, 1, tokens, SamplingParams(), first_sample=0, output_tokens=0, ticket=ticket, deadline_s=9.0)
+def ticket(name: str) -> Ticket:
+    return Ticket(f"{name}/1", 7, LAYOUT, 0, 20, 5.0, ())
 
 
-def opened(*names: str) -> tuple[SendOutlet, RecordingRanks, BlockManager]:
+def opened(*names: str, granted: bool = True) -> tuple[SendOutlet, RecordingRanks, BlockManager]:
     ranks, blocks = RecordingRanks(), BlockManager(8, 16)
     outlet = SendOutlet(ranks, blocks)  # type: ignore[arg-type]
     for name in names:
-        assert outlet.open(prefill(name)) is not None
+        message = Prefill(name, 1, list(range(20)), SamplingParams(), 9.0)
+        sequence = Sequence.of(message, 0, ModelLimits(64, 64, frozenset()))
+        prompt = PromptRequest(b"router", message, sequence, 0.0, 20, ticket(name) if granted else None)
+        assert outlet.open(prompt) is not None
     return outlet, ranks, blocks
 
 
@@ -50,29 +61,52 @@ def begun(command: object) -> list[str]:
 def test_a_transfer_begins_with_its_first_batch_and_but_once() -> None:
     outlet, ranks, _ = opened("a", "b")
     assert ranks.told == []
-    assert begun(outlet.run_command(BATCH, [("b", 16)])) == ["b"]
-    assert begun(outlet.run_command(BATCH, [("b", 20), ("a", 16)])) == ["a"]
-    assert begun(outlet.run_command(BATCH, [("a", 20)])) == []
+    assert begun(outlet.run_command(BATCH, [("b/1", 16)])) == ["b/1"]
+    assert begun(outlet.run_command(BATCH, [("b/1", 20), ("a/1", 16)])) == ["a/1"]
+    assert begun(outlet.run_command(BATCH, [("a/1", 20)])) == []
 
 
 def test_reservations_are_kept_until_then() -> None:
     outlet, ranks, _ = opened("a", "b")
-    waiting = prefill("c").ticket
-    outlet.run_command(BATCH, [("a", 16)])
+    waiting = ticket("c")
+    outlet.run_command(BATCH, [("a/1", 16)])
     outlet.keep([waiting])
-    assert ranks.told == [RenewSends((waiting, prefill("b").ticket))]
-    outlet.run_command(BATCH, [("b", 16)])
+    assert ranks.told == [RenewSends((waiting, ticket("b")))]
+    outlet.run_command(BATCH, [("b/1", 16)])
     outlet.keep([])
     assert len(ranks.told) == 1
 
 
 def test_what_ends_before_is_declined_and_what_has_begun_is_aborted() -> None:
     outlet, ranks, blocks = opened("a", "b")
-    outlet.run_command(BATCH, [("a", 16)])
-    for name in ("a", "b"):
+    outlet.run_command(BATCH, [("a/1", 16)])
+    for name in ("a/1", "b/1"):
         outlet.abort(name, "cancelled")
-    assert ranks.told == [AbortSend("a", "cancelled"), DeclineSend(prefill("b").ticket, "cancelled")]
+    assert ranks.told == [AbortSend("a/1", "cancelled"), DeclineSend(ticket("b"), "cancelled")]
     assert blocks.free_pages == blocks.num_pages
     outlet.keep([])
-    assert begun(outlet.run_command(BATCH, [("b", 20)])) == []
-    assert not any(isinstance(command, BeginSend | RenewSends) for command in ranks.told)
+    assert len(ranks.told) == 2
+
+
+def test_a_ticket_that_comes_late_begins_what_is_written_already() -> None:
+    outlet, ranks, _ = opened("a", "b", granted=False)
+    outlet.keep([])
+    outlet.send_to(ticket("a"))
+    assert ranks.told == []
+    assert begun(outlet.run_command(BATCH, [("a/1", 20), ("b/1", 20)])) == ["a/1"]
+    outlet.finish("b/1", HandOff((5,)))
+    assert ranks.told == []
+    outlet.send_to(ticket("b"))
+    begin, finish = ranks.told
+    assert isinstance(begin, BeginSend)
+    assert begin.ticket == ticket("b")
+    assert finish == FinishSend("b/1", HandOff((5,)))
+
+
+def test_what_ends_without_a_ticket_is_nobodys_concern_until_it_is_written() -> None:
+    outlet, ranks, blocks = opened("a", "b", granted=False)
+    outlet.run_command(BATCH, [("a/1", 20)])
+    for name in ("a/1", "b/1"):
+        outlet.abort(name, "cancelled")
+    assert ranks.told == [AbortSend("a/1", "cancelled")]
+    assert blocks.free_pages == blocks.num_pages

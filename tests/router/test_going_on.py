@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from splitserve.client import AsyncClient, SplitserveClientError
-from splitserve.cluster.messages import Granted, Prefill, Reserve
+from splitserve.cluster.messages import Granted, SendTo
 from splitserve.router.fake_engine import Behaviour, FakeCluster
 from splitserve.router.request import MOST_LOSSES
 from splitserve.router.service import RouterService
@@ -208,26 +208,28 @@ def test_what_cannot_have_been_answered_is_refused(answered: list[pb.Answered], 
         asyncio.run(scenario(cluster))
 
 
-def test_an_attempt_that_is_lost_just_when_it_is_granted_asks_for_no_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attempt_that_is_lost_just_when_it_is_granted_has_its_kv_sent_nowhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def scenario(cluster: FakeCluster) -> None:
         async with running_router(cluster) as (service, client):
-            engines, asked = service.dispatcher.engines, list[int]()
-            hear, place = engines._on_message, engines.place
+            engines, sent = service.dispatcher.engines, list[int]()
+            hear, send = engines._on_message, engines.send
 
             def lose_the_first(engine: str, message: object) -> None:
                 hear(engine, message)
                 if isinstance(message, Granted) and message.attempt == 1:
                     service.dispatcher._on_lost(engine, "seems gone")
 
-            def note(name: str, message: Reserve | Prefill, tokens: int) -> None:
-                asked.extend([message.attempt] if isinstance(message, Prefill) else [])
-                place(name, message, tokens)
+            def note(name: str, message: object) -> None:
+                sent.extend([message.attempt] if isinstance(message, SendTo) else [])
+                send(name, message)
 
             monkeypatch.setattr(engines, "_on_message", lose_the_first)
-            monkeypatch.setattr(engines, "place", note)
+            monkeypatch.setattr(engines, "send", note)
             completion = await client.generate([5, 6, 7], max_tokens=9).result()
             assert completion.samples[0].token_ids == tuple(echo([5, 6, 7], 9))
-            assert asked == [2]
+            assert sent == [2]
 
     with FakeCluster() as cluster, nothing_left(cluster):
         asyncio.run(scenario(cluster))

@@ -83,6 +83,7 @@ def test_without_a_token_all_samples_begin_again_together() -> None:
     assert (again.attempt, again.token_ids, again.params.n, again.output_tokens) == (2, [5, 6], 3, 0)
     assert again.params.prompt_logprobs == 0
     assert not request.has(1)
+    request.accept(Granted("r", 2, TICKET))
     request.accept(FirstToken("r", 2, tuple(token(sample, 2, 2) for sample in range(3)), (), 0, 0.0, 0.0))
     assert [sample.token_ids for sample in request.samples] == [[67]] * 3
 
