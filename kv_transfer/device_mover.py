@@ -58,7 +58,8 @@ class DeviceMover:
 
     def table(self, pages: Sequence[int], stop_token: int) -> torch.Tensor:
         check_pages(self.cache, pages, stop_token)
-        return to_device(pages, self._device)
+        with torch.cuda.stream(self._stream):  # on another one it could come behind copies that need it
+            return to_device(pages, self._device)
 
     def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor) -> DeviceMove:
         with _current(self._device):

@@ -28,7 +28,7 @@ class Move(Protocol):
 
 
 class Mover(Protocol):
-    """A `payload` is uint8 of its region's size. Marks are made after the table that they are used with."""
+    """A `payload` is uint8 of its region's size."""
 
     cache: KvCache
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -103,8 +103,8 @@ class HostSender:
         self._unreachable: set[str] = set()
 
     def connect(self, target: RankEndpoint) -> None:
-        self._control.connect(target)
-        self._segment(target)
+        reached = self._segment(target) is not None
+        self._control.connect(replace(target, link="") if reached else target)
 
     def frame_sizes(self, target: RankEndpoint) -> FrameSizes:
         segment = self._segment(target)

@@ -78,6 +78,23 @@ def test_marks_pass_in_time_and_the_engine_waits_for_settled_copies() -> None:
     assert total_of(move) == other
 
 
+def test_a_table_may_be_newer_than_the_mark_that_it_is_used_with() -> None:
+    """A transfer may begin when its KV is written already, and other work is queued."""
+    payload, expected = expected_payload(1)
+    mover = DeviceMover(filled_cache(1))
+    mark = mover.mark()
+    torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
+    table = mover.table(PAGES, 500)
+    while not mover.passed(mark):
+        pass
+    found = torch.empty(SIZE, dtype=torch.uint8, device="cuda")
+    move = mover.pack(table, REGION, found)
+    assert total_of(move) == expected
+    assert not torch.cuda.current_stream().query(), "it waited for all that was queued"
+    torch.cuda.synchronize()
+    assert torch.equal(found.cpu(), payload)
+
+
 def test_what_comes_in_waits_for_its_mark() -> None:
     mover, (payload, expected) = DeviceMover(filled_cache(1)), expected_payload(3)
     table, packed = mover.table(PAGES, 500), payload.cuda()

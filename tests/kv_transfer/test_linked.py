@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from splitserve.kv_transfer.linked_receiver import LinkedReceiver
 from splitserve.kv_transfer.linked_sender import FRAMES, RETRY_S, LinkedSender
 from splitserve.kv_transfer.links import Link
 from splitserve.kv_transfer.protocol import seal
+from splitserve.kv_transfer.segments import HostSender
 from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender
 from splitserve.kv_transfer.transport import Arrival
 from tests.kv_transfer.pairs import Exchange, FakePair
@@ -133,6 +136,17 @@ def test_an_end_that_waits_for_good_keeps_no_other_from_its_place(stack: ExitSta
     (second,) = sender.links
     assert second is not first
     assert not first.join(0)
+
+
+def test_no_link_is_made_to_where_memory_reaches(stack: ExitStack) -> None:
+    ends = Ends(stack)
+    here, elsewhere = (replace(ends.target, transport="cuda_ipc", host=host, segment="s") for host in ("here", "there"))
+    segment = types.SimpleNamespace(bytes=ends.staging, frame_sizes=FRAMES, close=lambda: None)
+    sender = HostSender(ends.sender, "here", {"cuda_ipc": lambda _: segment}, ends.clock)
+    sender.connect(here)
+    assert ends.sender.links == []
+    sender.connect(elsewhere)
+    assert len(ends.sender.links) == 1
 
 
 def test_until_a_link_is_up_payloads_go_over_tcp(stack: ExitStack) -> None:
