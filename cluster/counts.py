@@ -24,12 +24,13 @@ class BytesUsed:
 class EngineCounts:
     """What an engine has done since its incarnation started.
 
-    `queried_tokens` of prompts were looked up in its prefix cache and `cached_tokens` of these found; `prompt_tokens`
-    were computed.
+    `queried_tokens` of prompts were looked up in its prefix cache and `cached_tokens` of these found, of which
+    `fetched_tokens` in another engine's; `prompt_tokens` were computed.
     """
 
     queried_tokens: int = 0
     cached_tokens: int = 0
+    fetched_tokens: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
     decode_steps: int = 0

@@ -9,6 +9,8 @@
       |<-------------------------------------------- Joined  |   KV committed, the sequence has a slot
       |<---------------------------------------- StepTokens  |   one message a step, all of a router's requests
       | Cancel ----------------+---------------------------->|
+      |<------ FetchPrefix ----|                                 it lacks what another engine has cached:
+      | SendPrefix(ticket) -------------> that engine            its KV comes by the same protocol
       | Heartbeat -------------+---------------------------->|   keeps this router's requests leased
       |<------------ EngineStats, PrefixUpdate --------------|
 
@@ -116,8 +118,20 @@ class Busy:
 
 @message
 @dataclass(frozen=True)
+class Cached:
+    """Another engine, with KV of layout `source`, has the first `num_tokens` of a prompt cached."""
+
+    source: KvLayout
+    num_tokens: int
+
+
+@message
+@dataclass(frozen=True)
 class Prefill:
-    """Compute the tokens of a reservation. Where their KV goes `SendTo` says, now or later."""
+    """Compute the tokens of a reservation. Where their KV goes `SendTo` says, now or later.
+
+    What is `cached` elsewhere is fetched from there, as long as computing it would not be sooner done.
+    """
 
     request_id: str
     attempt: int
@@ -127,6 +141,7 @@ class Prefill:
     extra_keys: tuple[str, ...] = ()
     first_sample: int = 0
     output_tokens: int = 0
+    cached: Cached | None = None
 
 
 @message
@@ -136,6 +151,26 @@ class SendTo:
 
     request_id: str
     attempt: int
+    ticket: Ticket
+
+
+@message
+@dataclass(frozen=True)
+class FetchPrefix:
+    """From prefill: have what is cached elsewhere of this prompt sent here."""
+
+    request_id: str
+    attempt: int
+    ticket: Ticket
+
+
+@message
+@dataclass(frozen=True)
+class SendPrefix:
+    """Send the KV of these tokens, which are cached, or decline the ticket."""
+
+    token_ids: list[int]
+    extra_keys: tuple[str, ...]
     ticket: Ticket
 
 
@@ -232,7 +267,8 @@ class EngineSpeed:
     """How fast an engine has been lately, and what lies before it; 0 where it has not been seen at it.
 
     `pending_tokens`: prompt tokens that it has yet to compute, in batches of up to `batch_tokens`; one of n takes
-    `batch_s + n * token_s`. `step_s`: of a decode step, while any was running.
+    `batch_s + n * token_s`. `step_s`: of a decode step, while any was running. `fetched_token_s`: of a cached token
+    that came from another engine.
     """
 
     pending_tokens: int = 0
@@ -240,6 +276,7 @@ class EngineSpeed:
     batch_s: float = 0.0
     token_s: float = 0.0
     step_s: float = 0.0
+    fetched_token_s: float = 0.0
 
     @property
     def is_known(self) -> bool:

@@ -109,6 +109,12 @@ class Topology(Section):
         on_host = 256 if self.decode.device == "cuda" else 64
         return self.kv_transfer.staging or (1024 if self.local_transport in ("cuda_ipc", "nccl") else on_host) * 2**20
 
+    @property
+    def fetch_staging(self) -> int:
+        """Bytes of a prefill rank for prefixes that come from other prefill engines; 0 where there are none to ask."""
+        engines = 0 if self.prefill is None else self.prefill.replicas * self.prefill.layout.dp
+        return self.staging // 4 if engines > 1 and self.prefill and self.prefill.prefix_cache else 0
+
     def gpu_staging(self, role: Role) -> int:
         """What of a rank's GPU is for KV on its way: staging, packed payloads, and communicators between hosts."""
         if not self._between_gpus:
@@ -118,7 +124,7 @@ class Topology(Section):
         links = self.kv_transfer.link_memory if linked else 0
         if role == "decode":
             return links + (self.staging if by_copy or local_link else 0)
-        return links + BOUNCE_BYTES * by_copy + PACKED_BYTES * linked
+        return links + (BOUNCE_BYTES + self.fetch_staging) * by_copy + PACKED_BYTES * linked
 
     def pool(self, role: Role) -> PrefillPool | DecodePool:
         """The pool of `role`. Raises KeyError for a role that this cluster does not have."""

@@ -42,7 +42,6 @@ from splitserve.cluster.messages import (
     StepTokens,
 )
 from splitserve.decode_worker.decode_request import DecodeRequest, attempt_id
-from splitserve.decode_worker.inlet import KvInlet, Landed, Lost
 from splitserve.decode_worker.slots import Slots
 from splitserve.decode_worker.steps import Outcome, Steps
 from splitserve.engine.block_manager import BlockManager, BlockTable
@@ -51,6 +50,7 @@ from splitserve.engine.pace import StepTime
 from splitserve.engine.ranks import CopyPages, Ranks
 from splitserve.engine.sequence import ModelLimits, Sequence
 from splitserve.engine.serving import Send
+from splitserve.kv_transfer.inlet import KvInlet, Landed, Lost
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ class DecodeEngine:
         if tables is None:
             return None
         request = DecodeRequest(router, item, *tables, arrived=self._clock())
-        ticket = self._inlet.open(request.transfer_id, item, request.tables[0])
+        ticket = self._inlet.open(request.transfer_id, item.source, request.tables[0], len(item.token_ids))
         if ticket is None:
             self._free_tables(request)
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -15,7 +15,6 @@ from splitserve.cluster.rank_spec import RankSpec
 from splitserve.cluster.topology_sections import DEFAULT_CHUNK_TOKENS
 from splitserve.decode_worker.device_loop import DecodeLoop, slot_layout
 from splitserve.decode_worker.engine import DecodeEngine, DecodeLimits
-from splitserve.decode_worker.inlet import KvInlet, ReceiveInlet, ReceiveService
 from splitserve.decode_worker.steps import GraphSteps, Steps, StepwiseSteps
 from splitserve.deploy.colocated import ColocatedEngine, LocalInlet, LocalOutlet
 from splitserve.deploy.loading import LoadedRank
@@ -26,6 +25,8 @@ from splitserve.engine.ranks import Ranks, RankService
 from splitserve.engine.runner import ModelRunner
 from splitserve.engine.serving import Engine, Send
 from splitserve.kv_transfer.by_device import new_host_sender, new_linked_receiver, new_mover, new_segment
+from splitserve.kv_transfer.inlet import KvInlet, ReceiveInlet, ReceiveService
+from splitserve.kv_transfer.mover import Mover
 from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.segments import Segment, SegmentReceiver
 from splitserve.kv_transfer.sender import KvSender
@@ -90,7 +91,9 @@ def build_engine(leader: Leader) -> Engine:
     blocks = BlockManager(leader.loaded.runner.cache.num_pages, pool.page_size, pool.prefix_cache, host)
     lease_s = leader.spec.topology.kv_transfer.lease_s
     if leader.spec.role == "prefill":
-        return _prefill_engine(leader, blocks, SendOutlet(leader.ranks, blocks))
+        staging = WindowAllocator(leader.spec.topology.fetch_staging)
+        fetching = ReceiveInlet(leader.ranks, leader.layout, leader.endpoints, staging, lease_s)
+        return _prefill_engine(leader, blocks, SendOutlet(leader.ranks, blocks), fetching if staging.capacity else None)
     if leader.spec.role == "decode":
         staging = WindowAllocator(leader.spec.topology.staging)
         inlet = ReceiveInlet(leader.ranks, leader.layout, leader.endpoints, staging, lease_s)
@@ -103,36 +106,54 @@ def build_engine(leader: Leader) -> Engine:
 def _prefill_rank(spec: RankSpec, runner: ModelRunner) -> RankParts:
     device, kv_transfer = torch.device(spec.device), spec.topology.kv_transfer
     transport = new_host_sender(TcpSender(time.monotonic, spec.keys), device, kv_transfer.link_memory)
-    sender = KvSender(new_mover(runner.cache), spec.tp_rank, transport, time.monotonic)
-    return RankParts((SendService(runner, sender),), None, sender.close)
+    mover = new_mover(runner.cache)
+    sender = KvSender(mover, spec.tp_rank, transport, time.monotonic)
+    service = SendService(runner, sender)
+    if not spec.topology.fetch_staging:
+        return RankParts((service,), None, sender.close)
+    fetching = _receiving(spec, mover, spec.topology.fetch_staging, linked=False)
+
+    def close() -> None:
+        fetching.close()
+        sender.close()
+
+    return RankParts((service, *fetching.services), fetching.endpoint, close)
 
 
 def _decode_rank(spec: RankSpec, runner: ModelRunner, services: tuple[RankService, ...]) -> RankParts:
+    receiving = _receiving(spec, new_mover(runner.cache), spec.topology.staging, linked=True)
+    return replace(receiving, services=(*services, *receiving.services))
+
+
+def _receiving(spec: RankSpec, mover: Mover, staging: int, linked: bool) -> RankParts:
+    """What takes KV into `staging` bytes; `linked` where it may come by NCCL."""
     topology, link = spec.topology, ""
-    control, segment = TcpReceiver(spec.bind, spec.keys), _segment(spec)
+    control, segment = TcpReceiver(spec.bind, spec.keys), _segment(spec, staging, linked)
     transport: ReceiverTransport = control
-    if segment is not None and topology.remote_transport == "nccl":
+    if segment is not None and linked and topology.remote_transport == "nccl":
         memory, device = topology.kv_transfer.link_memory, torch.device(spec.device)
         transport, link = new_linked_receiver(control, segment, device, memory, spec.bind)
     if segment is not None:
         transport = SegmentReceiver(transport, segment)
-    receiver = KvReceiver(new_mover(runner.cache), spec.tp_rank, topology.staging, transport, time.monotonic)
+    receiver = KvReceiver(mover, spec.tp_rank, staging, transport, time.monotonic)
     name = segment.name if segment else ""
     endpoint = RankEndpoint(control.endpoint, topology.local_transport, host_id(), name, 0, 0, link)
-    return RankParts((*services, ReceiveService(receiver)), endpoint, receiver.close)
+    return RankParts((ReceiveService(receiver),), endpoint, receiver.close)
 
 
-def _segment(spec: RankSpec) -> Segment | None:
-    """The staging area of a decode rank, if senders of its host share one with it."""
+def _segment(spec: RankSpec, staging: int, linked: bool) -> Segment | None:
+    """The staging area of a rank, if senders of its host share one with it, or it is `linked`."""
     topology = spec.topology
-    if topology.local_transport == "tcp":
+    if topology.local_transport == "tcp" or (topology.local_transport == "nccl" and not linked):
         return None
     if topology.local_transport == "shm":
         sweep(topology.name)  # of what an incarnation before this one left when it was killed
-    return new_segment(topology.local_transport, topology.name, topology.staging, torch.device(spec.device))
+    return new_segment(topology.local_transport, topology.name, staging, torch.device(spec.device))
 
 
-def _prefill_engine(leader: Leader, blocks: BlockManager, outlet: KvOutlet) -> PrefillEngine:
+def _prefill_engine(
+    leader: Leader, blocks: BlockManager, outlet: KvOutlet, prefixes: KvInlet | None = None
+) -> PrefillEngine:
     spec = leader.spec
     pool = spec.topology.pool(spec.role)
     limits = PrefillLimits(pool.chunk_tokens or DEFAULT_CHUNK_TOKENS, pool.max_sequences, leader.loaded.limits)
@@ -149,6 +170,7 @@ def _prefill_engine(leader: Leader, blocks: BlockManager, outlet: KvOutlet) -> P
         limits,
         leader.grammars,
         leader.send,
+        prefixes=prefixes,
     )
 
 

@@ -9,12 +9,22 @@ from splitserve.cluster.channel import Socket
 from splitserve.cluster.counts import BytesUsed
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.layout import KvLayout
-from splitserve.cluster.messages import Cancel, EngineStats, HandOff, Prefill, PrefixUpdate, Reserve, SendTo, Ticket
+from splitserve.cluster.messages import (
+    Cancel,
+    EngineStats,
+    HandOff,
+    Prefill,
+    PrefixUpdate,
+    Reserve,
+    SendPrefix,
+    SendTo,
+    Ticket,
+)
 from splitserve.decode_worker.engine import DecodeEngine
-from splitserve.decode_worker.inlet import Landed, Lost
 from splitserve.engine.batch import Batch
 from splitserve.engine.block_manager import BlockTable
 from splitserve.engine.ranks import RunBatch
+from splitserve.kv_transfer.inlet import Landed, Lost
 from splitserve.prefill_worker.engine import PrefillEngine
 from splitserve.prefill_worker.outlet import NO_TRAFFIC, Delivered
 from splitserve.prefill_worker.prompt_request import PromptRequest
@@ -30,14 +40,14 @@ class LocalInlet:
         self.tables: dict[str, BlockTable] = {}
         self.landed: list[Landed | Lost] = []
 
-    def open(self, transfer_id: str, request: Reserve, table: BlockTable) -> Ticket:
+    def open(self, transfer_id: str, source: KvLayout, table: BlockTable, stop_token: int) -> Ticket:
         self.tables[transfer_id] = table
         return Ticket(
             transfer_id=transfer_id,
             epoch=0,
             layout=self._layout,
             start_token=table.cached_tokens,
-            num_tokens=len(request.token_ids),
+            num_tokens=stop_token,
             lease_s=self._lease_s,
             endpoints=(),
         )
@@ -86,6 +96,9 @@ class LocalOutlet:
 
     def decline(self, ticket: Ticket, reason: str) -> None:
         """Nobody waits for it but the decode engine, which the same message has reached."""
+
+    def lend(self, prefix: SendPrefix) -> None:
+        """Nobody asks a colocated engine."""
 
     def abort(self, transfer_id: str, reason: str) -> None:
         self._open.discard(transfer_id)

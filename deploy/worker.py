@@ -152,7 +152,7 @@ class Worker:
         ready: dict[int, RankEndpoint | None] = {}
         deadline = time.monotonic() + JOIN_TIMEOUT_S
         while len(ready) < ranks.size - 1:
-            ready |= {rank: report.endpoint for rank, report in ranks.poll() if isinstance(report, RankReady)}
+            ready |= {rank: report.endpoint for rank, report in ranks.poll(RankReady)}
             if time.monotonic() > deadline:
                 raise StartupError(f"only {len(ready)} of {ranks.size - 1} TP followers loaded in {JOIN_TIMEOUT_S:g} s")
             time.sleep(LOAD_POLL_S)

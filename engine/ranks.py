@@ -98,6 +98,7 @@ class Ranks:
     def __init__(self, local: Rank, link: LeaderLink | None = None) -> None:
         self._local = local
         self._link = link
+        self._reports: list[tuple[int, Any]] = []
         self.size = 1 if link is None else link.followers + 1
 
     def execute(self, command: object) -> Any:
@@ -124,10 +125,14 @@ class Ranks:
         """Whether to poll again at once, whatever the sockets say."""
         return self._local.busy
 
-    def poll(self) -> list[tuple[int, object]]:
-        """Reports as (rank, report)."""
-        reports = [(0, report) for report in self._local.poll()]
-        return reports if self._link is None else reports + self._link.reports()
+    def poll(self, *kinds: type) -> list[tuple[int, Any]]:
+        """Reports of these `kinds` as (rank, report). Others wait for who asks for them."""
+        self._reports += [(0, report) for report in self._local.poll()]
+        if self._link is not None:
+            self._reports += self._link.reports()
+        reports = self._reports
+        self._reports = [(rank, report) for rank, report in reports if not isinstance(report, kinds)]
+        return [(rank, report) for rank, report in reports if isinstance(report, kinds)]
 
 
 class Agreement:

@@ -34,6 +34,7 @@ from splitserve.cluster.messages import (
     HandOff,
     Prefill,
     PrefixUpdate,
+    SendPrefix,
     SendTo,
     transfer_id_of,
 )
@@ -46,11 +47,15 @@ from splitserve.engine.ranks import Ranks
 from splitserve.engine.sequence import ModelLimits, Sequence
 from splitserve.engine.serving import Send
 from splitserve.engine.to_device import to_device
+from splitserve.kv_transfer.inlet import KvInlet
+from splitserve.prefill_worker.fetcher import PrefixFetcher
 from splitserve.prefill_worker.outlet import KvOutlet
 from splitserve.prefill_worker.prompt_request import PromptRequest
 from splitserve.prefill_worker.scheduler import plan_chunks
 
 log = logging.getLogger(__name__)
+
+UNKNOWN_PATIENCE_S = 1.0  # for a prefix that is fetched, while it is not known how long computing it takes
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class _Launched:
 
 
 class PrefillEngine:
-    """Scheduler and state of one prefill engine; single-threaded."""
+    """Scheduler and state of one prefill engine; single-threaded. What others have cached comes by `prefixes`."""
 
     def __init__(
         self,
@@ -88,10 +93,12 @@ class PrefillEngine:
         grammars: Grammars,
         send: Send,
         clock: Callable[[], float] = time.monotonic,
+        prefixes: KvInlet | None = None,
     ) -> None:
         self._name, self._incarnation, self._layout = name, incarnation, layout
         self._ranks, self._blocks, self._outlet, self._chooser = ranks, blocks, outlet, chooser
         self._limits, self._grammars, self._send, self._clock = limits, grammars, send, clock
+        self._fetcher = None if prefixes is None else PrefixFetcher(prefixes, send, clock)
         self._waiting: deque[PromptRequest] = deque()
         self._running: list[PromptRequest] = []
         self._sending: dict[str, PromptRequest] = {}
@@ -105,6 +112,8 @@ class PrefillEngine:
                 self._submit(router, item)
             case SendTo():
                 self._send_to(router, item)
+            case SendPrefix():
+                self._outlet.lend(item)
             case Cancel():
                 self._cancel(router, item)
             case _:
@@ -113,6 +122,7 @@ class PrefillEngine:
     def step(self) -> bool:
         """Settle transfers, admit prompts, launch one packed batch of chunks, finish what the device is done with."""
         self._settle_transfers()
+        self._settle_fetches()
         late = self._without_mask()
         chunks: list[tuple[PromptRequest, int]] = []
         if len(self._under_way) < 2:  # the device always has the next one waiting
@@ -148,7 +158,8 @@ class PrefillEngine:
         for request in self._requests():
             if now - request.arrived > request.message.deadline_s:
                 self._fail(request, DeadlineExceeded("the deadline passed during prefill"))
-        self._outlet.keep([request.ticket for request in self._waiting if request.ticket is not None])
+        unopened = [request for request in self._waiting if request.sequence.table is None]
+        self._outlet.keep([request.ticket for request in unopened if request.ticket is not None])
 
     def stats(self) -> EngineStats:
         traffic = self._outlet.traffic
@@ -164,11 +175,16 @@ class PrefillEngine:
             preemptions=0,
             slots=0,
             host_tier=self._blocks.host_bytes(self._layout.bytes_per_page),
-            staging=BytesUsed(0, 0),
+            staging=BytesUsed(0, 0) if self._fetcher is None else self._fetcher.staging,
             counts=EngineCounts(**self._counts),
             transfers=traffic.transfers,
             links_up=traffic.links_up,
-            speed=EngineSpeed(self._to_compute(), self._limits.chunk_tokens, *self._batch_times.line),
+            speed=EngineSpeed(
+                self._to_compute(),
+                self._limits.chunk_tokens,
+                *self._batch_times.line,
+                fetched_token_s=0.0 if self._fetcher is None else self._fetcher.token_s,
+            ),
         )
 
     def prefix_update(self, since: int) -> PrefixUpdate | None:
@@ -185,13 +201,27 @@ class PrefillEngine:
             return
         sequence.constrain(self._grammars)
         self._waiting.append(request)
+        self._fetch(request)
+
+    def _fetch(self, request: PromptRequest) -> None:
+        """Have what another engine has cached sent here, if that is more than there is."""
+        message, page_size = request.message, self._blocks.page_size
+        if self._fetcher is None or message.cached is None or message.params.prompt_logprobs is not None:
+            return
+        tokens = len(message.token_ids)
+        stop = min(message.cached.num_tokens, tokens - 1) // page_size * page_size
+        lacking = stop - (tokens - request.uncached)
+        if lacking > 0 and self._open(request):
+            batch_s, token_s = self._batch_times.line
+            compute_s = -(-lacking // self._limits.chunk_tokens) * batch_s + lacking * token_s
+            self._fetcher.begin(request, stop, compute_s or UNKNOWN_PATIENCE_S)
 
     def _send_to(self, router: bytes, item: SendTo) -> None:
         transfer_id = transfer_id_of(item.request_id, item.attempt)
         for request in self._requests():
             if (request.transfer_id, request.router, request.ticket) == (transfer_id, router, None):
                 request.ticket = item.ticket
-                if request not in self._waiting:
+                if request.sequence.table is not None:
                     self._outlet.send_to(item.ticket)
                 return
         self._outlet.decline(item.ticket, "prefill has ended this request")
@@ -217,25 +247,38 @@ class PrefillEngine:
     def _admit(self) -> None:
         """Take in no more prompts than the next step can compute: later ones may find prefixes that these leave."""
         while self._pending_tokens() < self._limits.chunk_tokens:
-            request = next((request for request in self._waiting if request.can_begin), None)
+            request = self._next()
             if request is None:
                 return
-            try:
-                table = self._outlet.open(request)
-            except SplitserveError as error:
-                self._remove(request)
-                self._report(request, error)
-                continue
-            if table is None:
-                return
+            table = request.table
             self._waiting.remove(request)
             request.started = self._clock()
-            request.sequence.table = table
             request.sequence.computed_tokens = table.cached_tokens
             if request.message.params.prompt_logprobs is None:
                 self._counts["queried_tokens"] += len(request.message.token_ids)
                 self._counts["cached_tokens"] += table.cached_tokens
             self._running.append(request)
+
+    def _next(self) -> PromptRequest | None:
+        """The first prompt that can begin. While it finds no pages, only those that have theirs go before it."""
+        room = True
+        for request in [request for request in self._waiting if request.can_begin]:
+            if request.sequence.table is not None:
+                return request
+            try:
+                room = room and self._open(request)
+            except SplitserveError as error:
+                self._remove(request)
+                self._report(request, error)
+                continue
+            if room:
+                return request
+        return None
+
+    def _open(self, request: PromptRequest) -> bool:
+        """Get pages for a prompt, if there are any. Raises TransferFailed when its reservation is gone."""
+        request.sequence.table = self._outlet.open(request)
+        return request.sequence.table is not None
 
     def _to_compute(self) -> int:
         """Prompt tokens of all that wait and run, less what was cached of them when they came."""
@@ -244,12 +287,13 @@ class PrefillEngine:
     def _without_mask(self) -> list[GrammarState]:
         """Of prompts that wait for the mask of their first token; those that will have none fail."""
         late = []
-        for request in [request for request in self._waiting if not request.can_begin]:
-            assert request.sequence.grammar is not None
-            if error := request.sequence.grammar.error:
-                self._fail(request, error)
+        for request in list(self._waiting):
+            if (grammar := request.missing_mask) is None:
+                continue
+            if grammar.error:
+                self._fail(request, grammar.error)
             else:
-                late.append(request.sequence.grammar)
+                late.append(grammar)
         return late
 
     def _pending_tokens(self) -> int:
@@ -308,6 +352,14 @@ class PrefillEngine:
                 if delivered.error is not None:
                     self._report(request, WorkerUnavailable(delivered.error))
 
+    def _settle_fetches(self) -> None:
+        """What has come is cached here, too."""
+        for request in [] if self._fetcher is None else self._fetcher.poll():
+            tokens = len(request.message.token_ids)
+            self._counts["fetched_tokens"] += request.table.cached_tokens - (tokens - request.uncached)
+            request.uncached = tokens - request.table.cached_tokens
+            self._blocks.publish(request.table, request.message.token_ids, request.table.cached_tokens)
+
     def _fail(self, request: PromptRequest, error: SplitserveError) -> None:
         self._drop(request, str(error))
         self._report(request, error)
@@ -318,7 +370,9 @@ class PrefillEngine:
         self._send(request.router, Failed(message.request_id, message.attempt, error.code, str(error)))
 
     def _drop(self, request: PromptRequest, reason: str) -> None:
-        if request not in self._waiting:
+        if self._fetcher is not None:
+            self._fetcher.abort(request)
+        if request.sequence.table is not None:
             self._outlet.abort(request.transfer_id, reason)
         elif request.ticket is not None:
             self._outlet.decline(request.ticket, reason)

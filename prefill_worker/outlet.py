@@ -10,7 +10,7 @@ from splitserve.cluster.channel import Socket
 from splitserve.cluster.codec import message
 from splitserve.cluster.counts import TransferCounts
 from splitserve.cluster.errors import TransferFailed
-from splitserve.cluster.messages import HandOff, Ticket
+from splitserve.cluster.messages import HandOff, SendPrefix, Ticket
 from splitserve.engine.batch import Batch
 from splitserve.engine.block_manager import BlockManager, BlockTable
 from splitserve.engine.ranks import Agreement, Handlers, Ranks
@@ -53,6 +53,9 @@ class KvOutlet(Protocol):
 
     def decline(self, ticket: Ticket, reason: str) -> None:
         """Give up a transfer that was never opened."""
+
+    def lend(self, prefix: SendPrefix) -> None:
+        """Send pages that are cached to another engine, or decline where they are not (any more)."""
 
     def abort(self, transfer_id: str, reason: str) -> None:
         """Give up a transfer that was opened. Its pages are free at once; nothing follows from `poll`."""
@@ -277,6 +280,18 @@ class SendOutlet:
     def decline(self, ticket: Ticket, reason: str) -> None:
         self._ranks.execute(DeclineSend(ticket, reason))
 
+    def lend(self, prefix: SendPrefix) -> None:
+        ticket, tokens = prefix.ticket, prefix.ticket.num_tokens
+        table = self._blocks.allocate(prefix.token_ids[: tokens + 1], prefix.extra_keys)
+        if table is None or table.cached_tokens < tokens or ticket.transfer_id in self._transfers:
+            if table is not None:
+                self._blocks.free(table)
+            self.decline(ticket, "that prefix is not cached (any more)")
+            return
+        self._transfers[ticket.transfer_id] = transfer = _Transfer(table, ticket, written=True)
+        self._ranks.execute(transfer.begin(ticket))
+        self.finish(ticket.transfer_id, HandOff(()))
+
     def abort(self, transfer_id: str, reason: str) -> None:
         transfer = self._transfers[transfer_id]
         if transfer.written:
@@ -287,10 +302,9 @@ class SendOutlet:
 
     def poll(self) -> list[Delivered]:
         delivered = []
-        for rank, report in self._ranks.poll():
-            if isinstance(report, SendTraffic):
-                self._traffic[rank] = report
-            if not isinstance(report, SendOver) or report.transfer_id not in self._transfers:
+        self._traffic |= dict(self._ranks.poll(SendTraffic))
+        for rank, report in self._ranks.poll(SendOver):
+            if report.transfer_id not in self._transfers:
                 continue
             if report.error is not None:
                 self.abort(report.transfer_id, report.error)

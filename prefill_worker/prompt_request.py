@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from splitserve.cluster.messages import FirstToken, Prefill, SampleToken, Ticket, TokenLogprobs, transfer_id_of
+from splitserve.engine.block_manager import BlockTable
+from splitserve.engine.grammar import GrammarState
 from splitserve.engine.sampler import prompt_logprobs
 from splitserve.engine.sequence import Sequence
 
@@ -15,7 +17,7 @@ from splitserve.engine.sequence import Sequence
 class PromptRequest:
     """`uncached`: prompt tokens that no cache had when it came. Times are the engine's clock's.
 
-    `ticket` says where its KV goes, once decode has granted that.
+    `ticket` says where its KV goes, once decode has granted that. While `fetching`, part of its KV is on its way here.
     """
 
     router: bytes
@@ -24,6 +26,7 @@ class PromptRequest:
     arrived: float
     uncached: int
     ticket: Ticket | None = None
+    fetching: bool = False
     started: float = 0.0
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
@@ -33,8 +36,20 @@ class PromptRequest:
 
     @property
     def can_begin(self) -> bool:
-        """Whether the mask of its first token is there, if it needs one."""
-        return self.sequence.grammar is None or self.sequence.grammar.ready
+        """Whether the mask of its first token is there, if it needs one, and what is fetched."""
+        return not self.fetching and self.missing_mask is None
+
+    @property
+    def missing_mask(self) -> GrammarState | None:
+        """What makes the mask of its first token, where that is not there yet."""
+        grammar = self.sequence.grammar
+        return None if grammar is None or grammar.ready else grammar
+
+    @property
+    def table(self) -> BlockTable:
+        """Its pages, once it has any."""
+        assert self.sequence.table is not None
+        return self.sequence.table
 
     def samples(self) -> list[Sequence]:
         """Its sequence once for each sample, all prompt computed."""

@@ -13,17 +13,30 @@ from dataclasses import replace
 from typing import Any
 
 from splitserve.cluster.layout import KvLayout
-from splitserve.cluster.messages import Busy, Cancel, Failed, FirstToken, Granted, Prefill, Reserve, SendTo, Ticket
+from splitserve.cluster.messages import (
+    Busy,
+    Cached,
+    Cancel,
+    Failed,
+    FirstToken,
+    Granted,
+    Prefill,
+    Reserve,
+    SendPrefix,
+    SendTo,
+    Ticket,
+)
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.router.output_buffer import SampleOutput
-from splitserve.router.policy import Placement
+from splitserve.router.policy import NO_FETCH, Fetch, Placement
 
 
 class Attempt:
     """Number `number` of a request, for `samples` with consecutive indices that stand at the same token.
 
-    `reply` ends the wait for decode's leave. `joined`: decode has all that it needs of prefill. `uncached`:
-    how many tokens prefill is expected to compute. `early` is what prefill has answered before decode has.
+    `reply` ends the wait for decode's leave. `joined`: decode has all that it needs of prefill. `uncached`: how many
+    tokens prefill is expected to compute, unless it can `fetch` some from another engine. `early` is what prefill has
+    answered before decode has.
     """
 
     def __init__(
@@ -35,8 +48,10 @@ class Attempt:
         prompt: list[int],
         params: SamplingParams,
         uncached: int,
+        fetch: Fetch = NO_FETCH,
     ) -> None:
         self.number, self.placement, self.samples, self.uncached = number, placement, samples, uncached
+        self.fetch = fetch
         self.reply: asyncio.Future[Granted | Busy | Failed] = asyncio.get_running_loop().create_future()
         self.joined = False
         self.early: FirstToken | None = None
@@ -67,8 +82,13 @@ class Attempt:
     def reserve(self, source: KvLayout, deadline_s: float) -> Reserve:
         return Reserve(source=source, deadline_s=deadline_s, **self._asked)
 
-    def prefill(self, deadline_s: float) -> Prefill:
-        return Prefill(deadline_s=deadline_s, **self._asked)
+    def prefill(self, deadline_s: float, cached: Cached | None) -> Prefill:
+        return Prefill(deadline_s=deadline_s, cached=cached, **self._asked)
+
+    def send_prefix(self, ticket: Ticket) -> SendPrefix:
+        """For the engine that has it cached."""
+        token_ids: list[int] = self._asked["token_ids"]
+        return SendPrefix(token_ids[: ticket.num_tokens + 1], (), ticket)
 
     def send_to(self, ticket: Ticket) -> SendTo:
         return SendTo(self._request_id, self.number, ticket)

@@ -26,8 +26,10 @@ from splitserve.cluster.channel import KV_IDLE_S, CurveKeys
 from splitserve.cluster.errors import DeadlineExceeded, GivenUp, Overloaded, SplitserveError
 from splitserve.cluster.messages import (
     Busy,
+    Cached,
     Cancel,
     Failed,
+    FetchPrefix,
     FirstToken,
     Granted,
     Joined,
@@ -43,7 +45,16 @@ from splitserve.router.engines import Engines
 from splitserve.router.fair import Claimant, FairSemaphore
 from splitserve.router.metrics import AttemptReason, RouterMetrics, outcome
 from splitserve.router.output_buffer import Answered, SampleOutput
-from splitserve.router.policy import ANSWER_TOKENS, EngineView, Placement, Wanted, has_room, lateness, place
+from splitserve.router.policy import (
+    ANSWER_TOKENS,
+    EngineView,
+    Placement,
+    Wanted,
+    has_room,
+    lateness,
+    place,
+    predicted_ttfts,
+)
 from splitserve.router.request import MOST_LOSSES, Chunk, Request, Summary, error_of
 from splitserve.router.tenants import Tenant
 from splitserve.router.timeline import Timeline
@@ -204,8 +215,9 @@ class Dispatcher:
             wanted = self._wanted(request, samples[0])
             counter, linked = next(self._placements), self._linked()
             placement = place(prefills, untried, self._policy, counter, wanted, linked)
-            self._refuse_late(request, next(one for one in prefills if one.engine == placement.prefill), wanted)
-            attempt = request.attempt(samples, placement, wanted.uncached(placement.prefill))
+            ttft_s, fetch = predicted_ttfts(prefills, wanted)[placement.prefill]
+            self._refuse_late(request, next(one for one in prefills if one.engine == placement.prefill), ttft_s)
+            attempt = request.attempt(samples, placement, wanted.uncached(placement.prefill), fetch)
             chosen = next(one for one in untried if one.engine == placement.decode)
             early = not in_line and placement.prefill != placement.decode and has_room(chosen, wanted)
             self.metrics.attempts["busy" if refusals else why].inc()
@@ -232,12 +244,12 @@ class Dispatcher:
         cached = self.engines.prefixes.cached_tokens(token_ids) if self._policy == "kv_aware" else {}
         return Wanted(len(token_ids), cached, request.broken, self._slo.tpot_s or math.inf)
 
-    def _refuse_late(self, request: Request, prefill: EngineView, wanted: Wanted) -> None:
+    def _refuse_late(self, request: Request, prefill: EngineView, ttft_s: float) -> None:
         """What would have its first token too late is better told at once. What goes on from earlier is not refused."""
         if request.placement.decode or request.losses:
             return
         limit_s = min(request.remaining_s, (self._slo.ttft_s or math.inf) - request.waited_s)
-        if late_s := lateness(prefill, wanted, limit_s):
+        if late_s := lateness(prefill, ttft_s, limit_s):
             raise Overloaded(f"the first token is predicted {late_s:.1f} s too late", late_s)
 
     def _linked(self) -> dict[Placement, float]:
@@ -248,7 +260,9 @@ class Dispatcher:
 
     def _prefill(self, request: Request, attempt: Attempt) -> None:
         self._links[attempt.placement] = time.monotonic()
-        self.engines.place(attempt.placement.prefill, attempt.prefill(request.remaining_s), attempt.uncached)
+        fetch = attempt.fetch
+        cached = Cached(self.engines.layout(fetch.holder), fetch.tokens) if fetch.holder else None
+        self.engines.place(attempt.placement.prefill, attempt.prefill(request.remaining_s, cached), attempt.uncached)
 
     def _cancel(self, attempt: Attempt, sample: int | None = None) -> None:
         for engine in set(attempt.placement):
@@ -296,6 +310,11 @@ class Dispatcher:
                     self._refuse(engine, token)
                 else:
                     request.accept_token(token, now)
+        elif isinstance(message, FetchPrefix):
+            request = self._requests.get(message.request_id)
+            if request is not None and request.has(message.attempt):
+                attempt = request.get(message.attempt)
+                self.engines.send(attempt.fetch.holder, attempt.send_prefix(message.ticket))
         elif isinstance(message, Granted | Busy | FirstToken | Joined | Failed):
             request = self._requests.get(message.request_id)
             if request is None or not request.has(message.attempt):

@@ -46,6 +46,7 @@ class Engine:
             placed_tokens=self.placed_tokens,
             free_tokens=stats.free_tokens if stats else 0,
             slots=stats.slots if stats else 0,
+            fetches=bool(stats and stats.role == "prefill" and stats.staging.total),
             speed=stats.speed if stats else EngineSpeed(),
         )
 

@@ -14,6 +14,8 @@ Policy = Literal["kv_aware", "least_load", "round_robin"]
 ANSWER_TOKENS = 128  # that an answer is taken to have: how many it will have, nobody knows
 IDLE_ROWS = 16  # a decode step of this many rows takes about twice as long as one of one row
 NEW_LINK_S = 0.005  # what KV may be late by when it is the first to go between two engines
+FETCH_S = 0.005  # that a prefix from another engine takes, however short
+FETCH_SPEEDUP = 4  # of a prefix that is fetched over one that is computed, until an engine has seen it
 UNKNOWN = EngineSpeed(token_s=1.0)
 TIE_S = 0.002  # costs that differ by less are equal, and engines take turns
 
@@ -23,7 +25,8 @@ class EngineView:
     """One engine that can take requests. `load` counts the requests it runs or has waiting.
 
     `placed` of these were placed since it last spoke, with `placed_tokens` prompt tokens to compute. `free_tokens` is
-    the KV room that it has left, as it last said, and `slots` how many it decodes at once.
+    the KV room that it has left, as it last said, and `slots` how many it decodes at once. One that `fetches` can have
+    prefixes sent to it that other prefill engines have cached.
     """
 
     engine: str
@@ -34,6 +37,7 @@ class EngineView:
     free_tokens: int = 0
     slots: int = 0
     speed: EngineSpeed = field(default_factory=EngineSpeed)
+    fetches: bool = False
 
 
 class Placement(NamedTuple):
@@ -41,6 +45,16 @@ class Placement(NamedTuple):
 
     prefill: str = ""
     decode: str = ""
+
+
+class Fetch(NamedTuple):
+    """The first `tokens` of a prompt, to be had from engine `holder`; of nobody where there is nothing."""
+
+    holder: str = ""
+    tokens: int = 0
+
+
+NO_FETCH = Fetch()
 
 
 @dataclass(frozen=True)
@@ -90,19 +104,34 @@ def place(
     return Placement(prefill.engine, decode.engine)
 
 
-def predicted_ttfts(prefills: Sequence[EngineView], wanted: Wanted) -> dict[str, float]:
-    """Seconds to the first token on each prefill engine: for what waits there, and what it lacks of the prompt.
+def predicted_ttfts(prefills: Sequence[EngineView], wanted: Wanted) -> dict[str, tuple[float, Fetch]]:
+    """Seconds to the first token on each prefill engine, and what it should fetch for that.
 
-    An engine that has computed nothing yet is taken to be as fast as the others; where all are new, in tokens.
+    It computes what waits there and what it lacks of the prompt, or fetches some of that, while it computes what waits,
+    from the one of `prefills` that has most. An engine that has computed nothing yet is taken to be as fast as the
+    others; where all are new, in tokens.
     """
     seen = [one.speed for one in prefills if one.speed.is_known]
     typical = min(seen, key=lambda speed: speed.batch_s + speed.batch_tokens * speed.token_s, default=UNKNOWN)
+    most = max(
+        (Fetch(one.engine, wanted.cached.get(one.engine, 0)) for one in prefills), key=lambda fetch: fetch.tokens
+    )
     times = {}
     for one in prefills:
         speed = one.speed if one.speed.is_known else typical
-        tokens = one.speed.pending_tokens + one.placed_tokens + wanted.uncached(one.engine)
-        times[one.engine] = -(-tokens // speed.batch_tokens) * speed.batch_s + tokens * speed.token_s
+        waiting, uncached = one.speed.pending_tokens + one.placed_tokens, wanted.uncached(one.engine)
+        times[one.engine] = _compute_s(speed, waiting + uncached), NO_FETCH
+        lacking = most.tokens - wanted.cached.get(one.engine, 0)
+        if one.fetches and lacking > 0:
+            fetch_s = FETCH_S + lacking * (one.speed.fetched_token_s or speed.token_s / FETCH_SPEEDUP)
+            rest_s = _compute_s(speed, waiting + max(uncached - lacking, 1)) - _compute_s(speed, waiting)
+            fetched = max(_compute_s(speed, waiting), fetch_s) + rest_s, most
+            times[one.engine] = min(times[one.engine], fetched)
     return times
+
+
+def _compute_s(speed: EngineSpeed, tokens: int) -> float:
+    return -(-tokens // speed.batch_tokens) * speed.batch_s + tokens * speed.token_s
 
 
 def has_room(decode: EngineView, wanted: Wanted) -> bool:
@@ -110,14 +139,14 @@ def has_room(decode: EngineView, wanted: Wanted) -> bool:
     return decode.load < decode.slots and wanted.tokens <= decode.free_tokens - decode.placed_tokens
 
 
-def lateness(prefill: EngineView, wanted: Wanted, limit_s: float) -> float:
-    """By how many seconds the first token is predicted to come after `limit_s`.
+def lateness(prefill: EngineView, ttft_s: float, limit_s: float) -> float:
+    """By how many seconds a first token that is predicted to take `ttft_s` comes after `limit_s`.
 
     0 for an engine that is new, or that has nothing to do: what it was seen to take may be long ago.
     """
     if not prefill.speed.is_known or not prefill.speed.pending_tokens + prefill.placed_tokens:
         return 0.0
-    return max(predicted_ttfts([prefill], wanted)[prefill.engine] - limit_s, 0.0)
+    return max(ttft_s - limit_s, 0.0)
 
 
 def predicted_answer_times(decodes: Sequence[EngineView], wanted: Wanted) -> dict[str, float]:
@@ -145,7 +174,7 @@ def _decode_costs(policy: Policy, decodes: Sequence[EngineView], wanted: Wanted)
             times = predicted_answer_times(decodes, wanted)
             if decodes[0].role == "colocated":
                 ttfts = predicted_ttfts(decodes, wanted)
-                times = {name: time + ttfts[name] for name, time in times.items()}
+                times = {name: time + ttfts[name][0] for name, time in times.items()}
             return {name: (time // TIE_S,) for name, time in times.items()}
         case "least_load":
             return {one.engine: (one.load,) for one in decodes}
@@ -159,7 +188,7 @@ def _prefill_costs(
     match policy:
         case "kv_aware":
             ttfts = predicted_ttfts(prefills, wanted)
-            times = {name: (ttft + NEW_LINK_S * (name not in near)) // TIE_S for name, ttft in ttfts.items()}
+            times = {name: (ttft + NEW_LINK_S * (name not in near)) // TIE_S for name, (ttft, _) in ttfts.items()}
             return {name: (time, wanted.uncached(name)) for name, time in times.items()}
         case "least_load":
             return {one.engine: (one.load + 0.5 * (one.engine not in near),) for one in prefills}

@@ -16,7 +16,7 @@ from splitserve.router.attempt import Attempt
 from splitserve.router.detokenizer import Detokenizer
 from splitserve.router.fair import Claimant
 from splitserve.router.output_buffer import Answered, Delta, OutputBuffer, SampleOutput
-from splitserve.router.policy import Placement
+from splitserve.router.policy import NO_FETCH, Fetch, Placement
 from splitserve.router.timeline import Timeline, Timings
 from splitserve.router.traces import RequestTrace
 
@@ -125,11 +125,13 @@ class Request:
         """All tokens of `sample` so far, the prompt's first."""
         return self._token_ids + sample.token_ids
 
-    def attempt(self, samples: Sequence[SampleOutput], placement: Placement, uncached: int) -> Attempt:
+    def attempt(
+        self, samples: Sequence[SampleOutput], placement: Placement, uncached: int, fetch: Fetch = NO_FETCH
+    ) -> Attempt:
         """Go to engines with `samples`, for what they do not have yet; prefill has to compute `uncached` tokens."""
         self._last_attempt += 1
         params = self._params if self._cached_tokens is None else replace(self._params, prompt_logprobs=None)
-        attempt = Attempt(self.id, self._last_attempt, placement, samples, self._token_ids, params, uncached)
+        attempt = Attempt(self.id, self._last_attempt, placement, samples, self._token_ids, params, uncached, fetch)
         self._attempts[attempt.number] = attempt
         self.placement = placement
         return attempt
@@ -137,6 +139,10 @@ class Request:
     def has(self, attempt: int) -> bool:
         """Whether an attempt goes on."""
         return attempt in self._attempts
+
+    def get(self, attempt: int) -> Attempt:
+        """An attempt that goes on."""
+        return self._attempts[attempt]
 
     def accept_token(self, token: SampleToken, now: float) -> None:
         """Take a token from decode, of an attempt that goes on, at `now` of the monotonic clock."""

@@ -13,8 +13,10 @@ import torch
 
 from splitserve.cluster.messages import (
     Busy,
+    Cached,
     Cancel,
     Failed,
+    FetchPrefix,
     FirstToken,
     Granted,
     Joined,
@@ -22,6 +24,7 @@ from splitserve.cluster.messages import (
     RankEndpoint,
     Reserve,
     SampleToken,
+    SendPrefix,
     SendTo,
     StepTokens,
     TokenLogprobs,
@@ -29,7 +32,6 @@ from splitserve.cluster.messages import (
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.decode_worker.device_loop import DecodeLoop
 from splitserve.decode_worker.engine import DecodeEngine, DecodeLimits
-from splitserve.decode_worker.inlet import ReceiveInlet, ReceiveService
 from splitserve.decode_worker.steps import GraphSteps, Steps, StepwiseSteps
 from splitserve.deploy.colocated import ColocatedEngine, LocalInlet, LocalOutlet
 from splitserve.engine.block_manager import BlockManager
@@ -39,6 +41,7 @@ from splitserve.engine.kv_cache import TORCH_DTYPES, KvCache
 from splitserve.engine.ranks import Rank, Ranks, RankService
 from splitserve.engine.runner import ModelRunner
 from splitserve.engine.sequence import ModelLimits
+from splitserve.kv_transfer.inlet import ReceiveInlet, ReceiveService
 from splitserve.kv_transfer.memory import Faults, MemoryNetwork, MemoryReceiver, MemorySender
 from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.sender import KvSender
@@ -60,6 +63,7 @@ STAGING_BYTES = 1 << 20
 @dataclass(frozen=True)
 class Settings:
     split: bool = True
+    prefills: int = 1  # more than one fetch prefixes from each other
     chunk_tokens: int = 64
     page_size: int = 16
     pages: int = 256
@@ -92,7 +96,7 @@ class Answer:
 
 
 class InProcessCluster:
-    """One prefill and one decode engine (or one colocated), driven step by step by a minimal router."""
+    """Prefill engines and one decode engine (or one colocated), driven step by step by a minimal router."""
 
     def __init__(self, folder: Path, settings: Settings = Settings()) -> None:
         self.settings = settings
@@ -112,6 +116,8 @@ class InProcessCluster:
         self._asked: dict[str, tuple[list[int], SamplingParams]] = {}
         self._goes_on: dict[str, tuple[int, int]] = {}
         self._retry: list[str] = []
+        self._prefills: dict[str, int] = {}
+        self._holders: dict[str, tuple[int, int] | None] = {}
         self._dice, self._tickets = random.Random(settings.seed), list[tuple[int, SendTo]]()
         self._limits = ModelLimits(settings.context, self._config.vocab_size, frozenset(self._config.eos_token_ids))
         self.grammars = Grammars(lambda: GrammarCompiler(folder, self._limits.vocab_size, self._limits.eos_token_ids))
@@ -119,9 +125,19 @@ class InProcessCluster:
         self.engines: list[Any] = self._split() if settings.split else self._colocated()
 
     def ask(
-        self, name: str, token_ids: list[int], params: SamplingParams, first_sample: int = 0, output_tokens: int = 0
+        self,
+        name: str,
+        token_ids: list[int],
+        params: SamplingParams,
+        first_sample: int = 0,
+        output_tokens: int = 0,
+        *,
+        prefill: int = 0,
+        holder: tuple[int, int] | None = None,
     ) -> None:
+        """`prefill` is the number of its prefill engine, `holder` that of one that has so many tokens cached."""
         self.answers[name] = Answer()
+        self._prefills[name], self._holders[name] = prefill, holder
         self._asked[name] = (token_ids, params)
         self._goes_on[name] = (first_sample, output_tokens)
         self._reserve(name)
@@ -144,7 +160,7 @@ class InProcessCluster:
         while busy:
             self.step()
             busy = any(engine.stats().waiting or engine.stats().running for engine in self.engines)
-            busy = busy or (self.settings.split and self.staging.granted_bytes > 0)
+            busy = busy or any(engine.stats().staging.used for engine in self.engines)
             assert time.monotonic() < deadline, "transfers did not end"
         self.step()
 
@@ -175,19 +191,36 @@ class InProcessCluster:
     def _split(self) -> list[Any]:
         settings, clock = self.settings, time.monotonic
         network = MemoryNetwork(clock, settings.seed, settings.faults)
-        prefill_runner, decode_runner = self._runner(), self._runner()
-        self.devices = [SlowDevice(clock, settings.copies_take_s, settings.seed + number) for number in range(2)]
-        packing, unpacking = map(SlowMover, (prefill_runner.cache, decode_runner.cache), self.devices)
-        self.sender = sender = KvSender(packing, 0, MemorySender(network, "prefill"), clock)
-        receiver = KvReceiver(unpacking, 0, STAGING_BYTES, MemoryReceiver(network, "decode", STAGING_BYTES), clock)
-        prefill_ranks = Ranks(Rank(prefill_runner, SendService(prefill_runner, sender)))
-        decode_ranks = Ranks(Rank(decode_runner, *self._decode_services(decode_runner), ReceiveService(receiver)))
-        endpoint = RankEndpoint("decode", "memory", "", "", 0, 0)
-        self.staging = WindowAllocator(STAGING_BYTES)
-        inlet = ReceiveInlet(decode_ranks, self.layout, [endpoint], self.staging, settings.lease_s)
-        self.blocks = [self._block_manager(prefill_ranks), self._block_manager(decode_ranks)]
-        prefill = self._prefill_engine(prefill_ranks, self.blocks[0], SendOutlet(prefill_ranks, self.blocks[0]))
-        return [prefill, self._decode_engine(decode_ranks, self.blocks[1], inlet)]
+        self.blocks, self.staging = [], WindowAllocator(STAGING_BYTES)
+        self.senders: list[KvSender] = []
+        prefills = [self._prefill(network, number) for number in range(settings.prefills)]
+        runner = self._runner()
+        receiver = self._receiver(network, "decode", self._mover(runner, settings.prefills))
+        ranks = Ranks(Rank(runner, *self._decode_services(runner), ReceiveService(receiver)))
+        self.blocks.append(self._block_manager(ranks))
+        return [*prefills, self._decode_engine(ranks, self.blocks[-1], self._inlet(ranks, "decode", self.staging))]
+
+    def _prefill(self, network: MemoryNetwork, number: int) -> PrefillEngine:
+        runner = self._runner()
+        mover, name = self._mover(runner, number), f"prefill {number}"
+        self.senders.append(KvSender(mover, 0, MemorySender(network, name), time.monotonic))
+        receiver = self._receiver(network, f"{name}, prefixes", mover)
+        ranks = Ranks(Rank(runner, SendService(runner, self.senders[-1]), ReceiveService(receiver)))
+        self.blocks.append(blocks := self._block_manager(ranks))
+        prefixes = self._inlet(ranks, f"{name}, prefixes", WindowAllocator(STAGING_BYTES))
+        return self._prefill_engine(ranks, blocks, SendOutlet(ranks, blocks), prefixes)
+
+    def _mover(self, runner: ModelRunner, number: int) -> SlowMover:
+        device = SlowDevice(time.monotonic, self.settings.copies_take_s, self.settings.seed + number)
+        self.devices.append(device)
+        return SlowMover(runner.cache, device)
+
+    def _receiver(self, network: MemoryNetwork, address: str, mover: SlowMover) -> KvReceiver:
+        return KvReceiver(mover, 0, STAGING_BYTES, MemoryReceiver(network, address, STAGING_BYTES), time.monotonic)
+
+    def _inlet(self, ranks: Ranks, address: str, staging: WindowAllocator) -> ReceiveInlet:
+        endpoint = RankEndpoint(address, "memory", "", "", 0, 0)
+        return ReceiveInlet(ranks, self.layout, [endpoint], staging, self.settings.lease_s)
 
     def _colocated(self) -> list[Any]:
         runner = self._runner()
@@ -215,13 +248,25 @@ class InProcessCluster:
         host = ranks.host_pages(self.layout, self.settings.host_tier)
         return BlockManager(self.settings.pages, self.settings.page_size, self.settings.prefix_cache, host)
 
-    def _prefill_engine(self, ranks: Ranks, blocks: BlockManager, outlet: Any) -> PrefillEngine:
+    def _prefill_engine(
+        self, ranks: Ranks, blocks: BlockManager, outlet: Any, prefixes: ReceiveInlet | None = None
+    ) -> PrefillEngine:
         limits = PrefillLimits(self.settings.chunk_tokens, self.settings.max_sequences, self._limits)
         chooser: TokenChooser = HostSampler()
         if self.settings.capacities:
             chooser = DeviceSampler(self._config.vocab_size, torch.device(self.settings.device))
         return PrefillEngine(
-            "prefill/0/0", "1", ranks, blocks, self.layout, outlet, chooser, limits, self.grammars, self._hear
+            f"prefill/{len(self.blocks) - 1}/0",
+            "1",
+            ranks,
+            blocks,
+            self.layout,
+            outlet,
+            chooser,
+            limits,
+            self.grammars,
+            self._hear,
+            prefixes=prefixes,
         )
 
     def _decode_engine(self, ranks: Ranks, blocks: BlockManager, inlet: Any) -> DecodeEngine:
@@ -240,17 +285,23 @@ class InProcessCluster:
         waiting, self._tickets = [(left - steps, ticket) for left, ticket in self._tickets], []
         self._tickets = [(left, ticket) for left, ticket in waiting if left > 0]
         for ticket in [ticket for left, ticket in waiting if left <= 0]:
-            self.engines[0].handle(ROUTER, ticket)
+            self.engines[self._prefills[ticket.request_id]].handle(ROUTER, ticket)
 
     def _hear(self, router: bytes, item: object) -> None:
         match item:
             case Granted(request_id=name, ticket=ticket):
                 token_ids, params = self._asked[name]
-                prefill = Prefill(name, 0, token_ids, params, 60.0, (), *self._goes_on[name])
-                self.engines[0].handle(ROUTER, prefill)
+                holder = self._holders[name]
+                cached = Cached(self.layout, holder[1]) if holder else None
+                prefill = Prefill(name, 0, token_ids, params, 60.0, (), *self._goes_on[name], cached)
+                self.engines[self._prefills[name]].handle(ROUTER, prefill)
                 steps = self._dice.randint(0, self.settings.late_tickets)
                 self._tickets.append((steps, SendTo(name, 0, ticket)))
                 self._hand_out_tickets(0)
+            case FetchPrefix(request_id=name, ticket=ticket):
+                if (holder := self._holders[name]) is not None and holder[0] < len(self.engines):
+                    prefix = SendPrefix(self._asked[name][0][: ticket.num_tokens + 1], (), ticket)
+                    self.engines[holder[0]].handle(ROUTER, prefix)
             case Busy(request_id=name):
                 self._retry.append(name)
             case FirstToken(request_id=name):

@@ -60,7 +60,7 @@ def test_what_may_not_come_from_the_cache_is_not_looked_up(tiny_model: Path, spl
 def test_a_cancelled_transfer_is_no_failure(tiny_model: Path) -> None:
     cluster = InProcessCluster(tiny_model, Settings(chunk_tokens=16))
     cluster.ask("a", PROMPT, PARAMS)
-    while not any(counts.started for counts in cluster.sender.traffic.counts()):
+    while not any(counts.started for counts in cluster.senders[0].traffic.counts()):
         cluster.step()
     cluster.cancel("a")
     cluster.settle()

@@ -11,7 +11,18 @@ from splitserve.cluster.errors import Overloaded
 from splitserve.cluster.messages import EngineSpeed
 from splitserve.router.admission import MAX_RETRY_S, MIN_RETRY_S, Admission
 from splitserve.router.fair import Claimant
-from splitserve.router.policy import EngineView, Placement, Policy, Wanted, lateness, place, predicted_ttfts
+from splitserve.router.policy import (
+    FETCH_S,
+    NO_FETCH,
+    EngineView,
+    Fetch,
+    Placement,
+    Policy,
+    Wanted,
+    lateness,
+    place,
+    predicted_ttfts,
+)
 
 ANY = Wanted()
 
@@ -97,7 +108,8 @@ def test_what_batches_take_counts_by_the_batch() -> None:
         return EngineView(name, "prefill", 0, speed=EngineSpeed(pending, 2048, 0.03))
 
     wanted = Wanted(tokens=2000, cached={"warm": 1900})
-    assert predicted_ttfts([engine("a", 0), engine("warm", 0), engine("late", 6200)], wanted) == pytest.approx(
+    predicted = predicted_ttfts([engine("a", 0), engine("warm", 0), engine("late", 6200)], wanted)
+    assert {name: seconds for name, (seconds, _) in predicted.items()} == pytest.approx(
         {"a": 0.03, "warm": 0.03, "late": 0.15}
     )
     assert prefill_of([engine("a", 0), engine("warm", 0)], wanted) == "warm", "of equal times"
@@ -147,11 +159,32 @@ def test_colocated_engines_are_chosen_for_both_of_their_parts() -> None:
 
 
 def test_lateness_is_what_the_prediction_passes_the_limit_by() -> None:
-    wanted = Wanted(tokens=2000, cached={"a": 1000})
-    assert lateness(fast("a", 9000), wanted, 2.0) == 0.0
-    assert lateness(fast("a", 9000), wanted, 0.25) == pytest.approx(0.75)
-    assert lateness(fast("new", 9000, rate=0.0), wanted, 0.25) == 0.0
-    assert lateness(fast("idle", rate=1.0), wanted, 0.25) == 0.0, "else nobody would ever see that it is faster now"
+    assert lateness(fast("a", 9000), 1.0, 2.0) == 0.0
+    assert lateness(fast("a", 9000), 1.0, 0.25) == pytest.approx(0.75)
+    assert lateness(fast("new", 9000, rate=0.0), 1.0, 0.25) == 0.0
+    assert lateness(fast("idle", rate=1.0), 1.0, 0.25) == 0.0, "else nobody would ever see that it is faster now"
+
+
+def test_prefixes_are_fetched_where_that_is_faster() -> None:
+    def one(name: str, pending: int = 0, token_s: float = 0.0, fetches: bool = True) -> EngineView:
+        view = fast(name, pending)
+        return replace(view, fetches=fetches, speed=replace(view.speed, fetched_token_s=token_s))
+
+    wanted, warm = Wanted(tokens=2000, cached={"warm": 1600, "cold": 400, "decode": 1999}), one("warm", 1_000_000)
+
+    def of(cold: EngineView) -> tuple[int, Fetch]:
+        seconds, fetch = predicted_ttfts([cold, warm], wanted)["cold"]
+        return round(1e6 * seconds), fetch
+
+    assert of(one("cold", fetches=False)) == (160_000, NO_FETCH)
+    assert of(one("cold", token_s=1e-6)) == (1e6 * FETCH_S + 1200 + 40_000, Fetch("warm", 1600))
+    assert of(one("cold", 3000, token_s=1e-6)) == (340_000, Fetch("warm", 1600)), "while others are computed"
+    assert of(one("cold", token_s=0.9e-4))[1] == Fetch("warm", 1600)
+    assert of(one("cold", token_s=1.1e-4)) == (160_000, NO_FETCH), "computing is faster"
+    assert of(one("cold"))[1] == Fetch("warm", 1600), "to see how fast it is"
+    assert predicted_ttfts([one("cold"), warm], wanted)["warm"][1] == NO_FETCH, "nobody has more"
+    assert predicted_ttfts([one("cold"), warm], Wanted(tokens=20))["cold"][1] == NO_FETCH
+    assert prefill_of([one("cold"), warm], wanted) == "cold"
 
 
 def test_admission_is_first_come_first_served_within_its_bounds() -> None:

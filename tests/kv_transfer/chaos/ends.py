@@ -16,9 +16,9 @@ import torch
 from splitserve.cluster.channel import Socket
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.messages import HandOff, Ticket
-from splitserve.decode_worker.inlet import WINDOWS_PER_STAGING
 from splitserve.engine.kv_cache import KvCache
 from splitserve.kv_transfer.by_device import new_mover
+from splitserve.kv_transfer.inlet import WINDOWS_PER_STAGING
 from splitserve.kv_transfer.lifecycle import TransferState
 from splitserve.kv_transfer.protocol import Freed, Incoming, ReceiveFailed, ReceiverEvent, SendFailed, Verified
 from splitserve.kv_transfer.receiver import KvReceiver

@@ -1,4 +1,4 @@
-"""Where decode's KV comes from: over the wire from a prefill engine, or, colocated, from the same pages."""
+"""Where an engine's KV comes from: over the wire from another engine, or, colocated, from the same pages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from splitserve.cluster.channel import Socket
 from splitserve.cluster.codec import message
 from splitserve.cluster.counts import BytesUsed
 from splitserve.cluster.layout import KvLayout
-from splitserve.cluster.messages import HandOff, RankEndpoint, Reserve, Ticket
+from splitserve.cluster.messages import HandOff, RankEndpoint, Ticket
 from splitserve.engine.block_manager import BlockTable
 from splitserve.engine.ranks import Agreement, Handlers, Ranks
 from splitserve.kv_transfer.protocol import Freed, Incoming, ReceiveFailed, Verified
@@ -35,13 +35,13 @@ class Lost:
 
 
 class KvInlet(Protocol):
-    """What the decode engine needs to know of the way that KV takes."""
+    """What an engine needs to know of the way that KV takes to it."""
 
-    def open(self, transfer_id: str, request: Reserve, table: BlockTable) -> Ticket | None:
-        """Leave to send the prompt's KV into `table`; None when there is no staging room now."""
+    def open(self, transfer_id: str, source: KvLayout, table: BlockTable, stop_token: int) -> Ticket | None:
+        """Leave to send into `table` what it lacks before `stop_token`; None when there is no staging room now."""
 
     def expect(self, transfer_id: str) -> None:
-        """Prepare for what `open` has granted, once the answer is on its way: prefill has not begun yet."""
+        """Prepare for what `open` has granted, once the answer is on its way: the sender has not begun yet."""
 
     def close(self, transfer_id: str) -> None:
         """The engine's part is over: KV that still comes in for this transfer reaches no page."""
@@ -73,7 +73,7 @@ class AbortReceive:
 
 
 class ReceiveService:
-    """A decode rank's part of every transfer."""
+    """A receiving rank's part of every transfer."""
 
     def __init__(self, receiver: KvReceiver) -> None:
         self._receiver = receiver
@@ -104,7 +104,7 @@ class _Transfer:
 
 
 class ReceiveInlet:
-    """KV comes from prefill engines. A transfer is committed on all ranks or on none."""
+    """KV comes from other engines. A transfer is committed on all ranks or on none."""
 
     def __init__(
         self,
@@ -121,20 +121,20 @@ class ReceiveInlet:
         self._verified = Agreement(ranks.size)
         self._freed = Agreement(ranks.size)
 
-    def open(self, transfer_id: str, request: Reserve, table: BlockTable) -> Ticket | None:
+    def open(self, transfer_id: str, source: KvLayout, table: BlockTable, stop_token: int) -> Ticket | None:
         if transfer_id in self._transfers:
             return None
-        tokens = len(request.token_ids) - table.cached_tokens
+        tokens = stop_token - table.cached_tokens
         limit = self._staging.capacity // WINDOWS_PER_STAGING
-        window = self._staging.allocate(window_size(self._layout, tokens, request.source.tp, limit))
+        window = self._staging.allocate(window_size(self._layout, tokens, source.tp, limit))
         if window is None:
             return None
         incoming = Incoming(
             transfer_id=transfer_id,
             epoch=self._epochs.next(),
-            source=request.source,
+            source=source,
             start_token=table.cached_tokens,
-            stop_token=len(request.token_ids),
+            stop_token=stop_token,
             pages=tuple(table.pages),
             window_offset=window.offset,
             window_bytes=window.size,
@@ -154,10 +154,11 @@ class ReceiveInlet:
         if transfer.landed:
             self._ranks.execute(CommitReceive(transfer_id))
         else:
-            self._ranks.execute(AbortReceive(transfer_id, "decode gave the request up"))
+            self._ranks.execute(AbortReceive(transfer_id, "the receiving engine gave the request up"))
 
     def poll(self) -> list[Landed | Lost]:
-        events = [self._take(rank, report) for rank, report in self._ranks.poll()]
+        reports = self._ranks.poll(Verified, ReceiveFailed, Freed)
+        events = [self._take(rank, report) for rank, report in reports]
         return [event for event in events if event is not None]
 
     @property

@@ -1,0 +1,84 @@
+"""Takes the KV of prompts' beginnings that other engines have cached, into pages of prompts that wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from splitserve.cluster.counts import BytesUsed
+from splitserve.cluster.messages import FetchPrefix
+from splitserve.engine.serving import Send
+from splitserve.kv_transfer.inlet import KvInlet, Landed
+from splitserve.prefill_worker.prompt_request import PromptRequest
+
+SMOOTHING = 0.2
+
+
+@dataclass(frozen=True)
+class _Fetch:
+    """Of the tokens before `stop_token`; given up when it takes longer than `patience_s`."""
+
+    request: PromptRequest
+    stop_token: int
+    began: float
+    patience_s: float
+
+    @property
+    def tokens(self) -> int:
+        return self.stop_token - self.request.table.cached_tokens
+
+
+class PrefixFetcher:
+    """Asks for prefixes through `send`, and takes them through `inlet`. `clock` gives seconds, monotonic."""
+
+    def __init__(self, inlet: KvInlet, send: Send, clock: Callable[[], float]) -> None:
+        self._inlet, self._send, self._clock = inlet, send, clock
+        self._under_way: dict[str, _Fetch] = {}
+        self.token_s = 0.0  # of one token, lately
+
+    @property
+    def staging(self) -> BytesUsed:
+        return self._inlet.staging
+
+    def begin(self, request: PromptRequest, stop_token: int, patience_s: float) -> None:
+        """Fetch what the table of `request` lacks before `stop_token`, if there is staging for it now."""
+        message, transfer_id = request.message, _transfer_id(request)
+        assert message.cached is not None
+        ticket = self._inlet.open(transfer_id, message.cached.source, request.table, stop_token)
+        if ticket is None:
+            return
+        self._under_way[transfer_id] = _Fetch(request, stop_token, self._clock(), patience_s)
+        request.fetching = True
+        self._send(request.router, FetchPrefix(message.request_id, message.attempt, ticket))
+        self._inlet.expect(transfer_id)
+
+    def poll(self) -> list[PromptRequest]:
+        """Prompts whose prefix has come: their tables say so. Those that wait in vain go on without."""
+        landed = []
+        for event in self._inlet.poll():
+            fetch = self._under_way.get(event.transfer_id)
+            if fetch is None:
+                continue
+            self._end(fetch)
+            if isinstance(event, Landed):
+                fetch.request.table.cached_tokens = fetch.stop_token
+                landed.append(fetch.request)
+        for fetch in list(self._under_way.values()):
+            if self._clock() - fetch.began > fetch.patience_s:
+                self._end(fetch)
+        return landed
+
+    def abort(self, request: PromptRequest) -> None:
+        """Give up what is fetched for `request`, if anything is."""
+        if self._under_way.pop(_transfer_id(request), None) is not None:
+            self._inlet.close(_transfer_id(request))
+
+    def _end(self, fetch: _Fetch) -> None:
+        seen = (self._clock() - fetch.began) / fetch.tokens
+        self.token_s += SMOOTHING * (seen - self.token_s) if self.token_s else seen
+        fetch.request.fetching = False
+        self.abort(fetch.request)
+
+
+def _transfer_id(request: PromptRequest) -> str:
+    return f"{request.transfer_id}/prefix"
