@@ -52,6 +52,8 @@ FIGURES = (
             lambda stats: stats.counts.queried_tokens),
     _Figure(COUNTER, "prefix_cache_hit_tokens", "Prompt tokens found there.",
             lambda stats: stats.counts.cached_tokens),
+    _Figure(COUNTER, "prefix_cache_fetched_tokens", "Prompt tokens of these that another engine had.",
+            lambda stats: stats.counts.fetched_tokens),
 )  # fmt: skip
 
 

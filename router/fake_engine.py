@@ -26,6 +26,7 @@ from splitserve.cluster.messages import (
     EngineSpeed,
     EngineStats,
     Failed,
+    FetchPrefix,
     FinishReason,
     FirstToken,
     Granted,
@@ -36,6 +37,7 @@ from splitserve.cluster.messages import (
     RankEndpoint,
     Reserve,
     SampleToken,
+    SendPrefix,
     SendTo,
     StepTokens,
     Ticket,
@@ -63,6 +65,7 @@ class Behaviour:
     first_token_delay_s: float = 0.0  # sends first tokens late, after decode's
     fail_prefill: tuple[str, str] | None = None  # (code, message) of Failed instead of a first token
     speed: EngineSpeed = field(default_factory=EngineSpeed)  # as they tell it
+    fetches: bool = False  # prefixes that other prefill engines have
 
 
 PROMPT = Behaviour()
@@ -109,6 +112,7 @@ class FakeEngine:
         self.channel = WorkerChannel("127.0.0.1", keys)
         self.member = Member(name, incarnation, role, self.channel.address, LAYOUT)
         self.cancels: list[Cancel] = []
+        self.lent: list[SendPrefix] = []
         self.jobs: dict[tuple[str, int], _Job] = {}
         self.decoding: dict[tuple[str, int], _Job] = {}
         self._cluster = cluster
@@ -130,6 +134,8 @@ class FakeEngine:
                     self._prefill(router, message)
                 case SendTo():
                     self._send_to(message)
+                case SendPrefix():
+                    self.lent.append(message)
                 case Cancel():
                     self._cancel(message)
 
@@ -190,7 +196,7 @@ class FakeEngine:
             preemptions=0,
             slots=self._behaviour.slots,
             host_tier=BytesUsed(0, 0),
-            staging=BytesUsed(0, 0),
+            staging=BytesUsed(0, int(self._behaviour.fetches)),
             counts=EngineCounts(**self._counts),
             transfers=(TransferCounts("memory", started=self._handed_over, completed=self._handed_over),),
             links_up=0,
@@ -203,15 +209,20 @@ class FakeEngine:
             self._send(router, Busy(*key, self._behaviour.retry_after_s))
             return
         self.jobs[key] = _Job(router, message)
-        endpoint = RankEndpoint(self.member.engine, "memory", "localhost", "", 0, 0)
-        ticket = Ticket("/".join(map(str, key)), 1, LAYOUT, 0, len(message.token_ids), 10.0, (endpoint,))
+        ticket = self._ticket(key, len(message.token_ids))
         self._cluster.after(self._behaviour.grant_s, lambda: self._send(router, Granted(*key, ticket)))
+
+    def _ticket(self, key: tuple[str, int], num_tokens: int) -> Ticket:
+        endpoint = RankEndpoint(self.member.engine, "memory", "localhost", "", 0, 0)
+        return Ticket("/".join(map(str, key)), 1, LAYOUT, 0, num_tokens, 10.0, (endpoint,))
 
     def _prefill(self, router: bytes, message: Prefill) -> None:
         key = (message.request_id, message.attempt)
         job = _Job(router, message)
         if self.member.role == "prefill":
             self.jobs[key] = job
+        if message.cached is not None:
+            self._send(router, FetchPrefix(*key, self._ticket(key, message.cached.num_tokens)))
         self._cluster.after(self._behaviour.prefill_s, lambda: self._answer(key, job))
 
     def _send_to(self, message: SendTo) -> None:

@@ -1,0 +1,53 @@
+"""Prompts that begin alike, on two prefill workers: one computes the beginning, the other one fetches it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import urllib.request
+from pathlib import Path
+
+import yaml
+
+from examples.tiny_moe.tokens import MODEL as TINY_MOE
+from splitserve.client import AsyncClient
+from tests.deploy.clusters import left_behind, state_of, succeed, write_topology
+
+DICE = random.Random(7)
+BEGINNING = DICE.choices(range(3, 250), k=512)
+PROMPTS = [[*BEGINNING, *DICE.choices(range(3, 250), k=200)] for _ in range(16)]
+FETCHED = "splitserve_prefix_cache_fetched_tokens_total{"
+
+
+async def answers(endpoint: str) -> list[tuple[int, ...]]:
+    async with AsyncClient(endpoint) as client:
+        await client.generate([*BEGINNING, 3], max_tokens=1).result()
+        await asyncio.sleep(2.5)  # until the router has heard who has it now
+        streams = [client.generate(prompt, max_tokens=4, ignore_eos=True, timeout_s=60) for prompt in PROMPTS]
+        completions = await asyncio.gather(*(stream.result() for stream in streams))
+        await asyncio.sleep(1.5)
+    return [completion.samples[0].token_ids for completion in completions]
+
+
+def test_a_beginning_is_computed_once(tmp_path: Path) -> None:
+    found = []
+    for replicas in (2, 1):
+        file = write_topology(tmp_path, TINY_MOE.absolute(), prefill="chunk_tokens: 128")
+        settings = yaml.safe_load(file.read_text())
+        settings["model"]["dtype"] = "float32"
+        settings["prefill"] |= {"replicas": replicas, "kv_memory": "32MiB"}
+        settings["decode"]["kv_memory"] = "32MiB"
+        file.write_text(yaml.safe_dump(settings))
+        succeed("up", file)
+        state = state_of(settings["name"])
+        try:
+            found.append(asyncio.run(answers(state.endpoints[0])))
+            with urllib.request.urlopen(f"http://{settings['router']['http']}/metrics") as page:
+                lines = [line for line in page.read().decode().splitlines() if line.startswith(FETCHED)]
+            fetched = sum(float(line.split()[-1]) for line in lines)
+            assert fetched % 64 == 0
+            assert fetched >= len(BEGINNING) if replicas == 2 else not fetched
+        finally:
+            succeed("down", settings["name"])
+        assert left_behind(state) == []
+    assert found[0] == found[1]
