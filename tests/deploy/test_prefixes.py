@@ -6,10 +6,11 @@ import asyncio
 import random
 import urllib.request
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 
-from examples.tiny_moe.tokens import MODEL as TINY_MOE
 from splitserve.client import AsyncClient
 from tests.deploy.clusters import left_behind, state_of, succeed, write_topology
 
@@ -29,16 +30,27 @@ async def answers(endpoint: str) -> list[tuple[int, ...]]:
     return [completion.samples[0].token_ids for completion in completions]
 
 
-def test_a_beginning_is_computed_once(tmp_path: Path) -> None:
+Device = dict[str, dict[str, Any]]
+POOL = {"device": "cuda", "gpu_fraction": 0.25}
+CPU: Device = {"model": {"dtype": "float32"}}
+GPU: Device = {
+    "model": {"dtype": "bfloat16", "deterministic": True},
+    "hosts": {"gpus": 1},
+    "prefill": POOL,
+    "decode": POOL,
+}
+
+
+@pytest.mark.parametrize("device", [pytest.param(CPU, id="cpu"), pytest.param(GPU, id="gpu", marks=pytest.mark.gpu)])
+def test_a_beginning_is_computed_once(tmp_path: Path, tiny_model: Path, device: Device) -> None:
     found = []
     for replicas in (2, 1):
-        file = write_topology(tmp_path, TINY_MOE.absolute(), prefill="chunk_tokens: 128")
+        file = write_topology(tmp_path, tiny_model, prefill=f"chunk_tokens: 16, replicas: {replicas}")
         settings = yaml.safe_load(file.read_text())
-        settings["model"]["dtype"] = "float32"
-        settings["prefill"] |= {"replicas": replicas, "kv_memory": "32MiB"}
-        settings["decode"]["kv_memory"] = "32MiB"
+        for section, fields in device.items():
+            settings[section] = settings.get(section, {}) | fields
         file.write_text(yaml.safe_dump(settings))
-        succeed("up", file)
+        succeed("up", file, timeout_s=180)
         state = state_of(settings["name"])
         try:
             found.append(asyncio.run(answers(state.endpoints[0])))
