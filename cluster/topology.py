@@ -111,9 +111,13 @@ class Topology(Section):
 
     @property
     def fetch_staging(self) -> int:
-        """Bytes of a prefill rank for prefixes that come from other prefill engines; 0 where there are none to ask."""
-        engines = 0 if self.prefill is None else self.prefill.replicas * self.prefill.layout.dp
-        return self.staging // 4 if engines > 1 and self.prefill and self.prefill.prefix_cache else 0
+        """Bytes of a prefill rank for prefixes that other engines have cached; 0 where it caches none itself."""
+        return self.staging // 4 if self.prefill is not None and self.prefill.prefix_cache else 0
+
+    @property
+    def lends(self) -> bool:
+        """Whether decode engines send what they have cached to prefill engines."""
+        return self.fetch_staging > 0 and self.decode.prefix_cache
 
     def gpu_staging(self, role: Role) -> int:
         """What of a rank's GPU is for KV on its way: staging, packed payloads, and communicators between hosts."""
@@ -123,7 +127,7 @@ class Topology(Section):
         linked = local_link or (self.hosts.count > 1 and self.remote_transport == "nccl")
         links = self.kv_transfer.link_memory if linked else 0
         if role == "decode":
-            return links + (self.staging if by_copy or local_link else 0)
+            return links + (self.staging if by_copy or local_link else 0) + BOUNCE_BYTES * (by_copy and self.lends)
         return links + (BOUNCE_BYTES + self.fetch_staging) * by_copy + PACKED_BYTES * linked
 
     def pool(self, role: Role) -> PrefillPool | DecodePool:

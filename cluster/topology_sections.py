@@ -182,7 +182,7 @@ class KvTransfer(Section):
         default=None,
         description="memory of a decode rank for KV on its way, such as 64MiB; "
         "if unset, 1GiB for cuda_ipc and nccl, else 256MiB for GPUs and 64MiB for CPUs; "
-        "of several prefill ranks each has a quarter of it, for prefixes that the others have cached",
+        "a prefill rank has a quarter of it, for prefixes that other engines have cached",
     )
     lease_s: Seconds = Field(
         default=10.0, description="time without progress after which a transfer is given up, in seconds"

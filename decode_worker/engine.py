@@ -39,6 +39,7 @@ from splitserve.cluster.messages import (
     PrefixUpdate,
     Reserve,
     SampleToken,
+    SendPrefix,
     StepTokens,
 )
 from splitserve.decode_worker.decode_request import DecodeRequest, attempt_id
@@ -51,6 +52,7 @@ from splitserve.engine.ranks import CopyPages, Ranks
 from splitserve.engine.sequence import ModelLimits, Sequence
 from splitserve.engine.serving import Send
 from splitserve.kv_transfer.inlet import KvInlet, Landed, Lost
+from splitserve.kv_transfer.outlet import SendOutlet
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class DecodeLimits:
 
 
 class DecodeEngine:
-    """Scheduler and state of one decode engine; single-threaded."""
+    """Scheduler and state of one decode engine; single-threaded. By `lender` it sends what it has cached to others."""
 
     def __init__(
         self,
@@ -82,10 +84,12 @@ class DecodeEngine:
         grammars: Grammars,
         send: Send,
         clock: Callable[[], float] = time.monotonic,
+        lender: SendOutlet | None = None,
     ) -> None:
         self._name, self._incarnation, self._layout = name, incarnation, layout
         self._ranks, self._steps, self._blocks, self._inlet = ranks, steps, blocks, inlet
         self._limits, self._grammars, self._send, self._clock = limits, grammars, send, clock
+        self._lender = lender
         self._requests: dict[str, DecodeRequest] = {}
         self._slots = Slots(blocks, limits.slots)
         self._step_time = StepTime(clock)
@@ -97,12 +101,16 @@ class DecodeEngine:
                 self._reserve(router, item)
             case Cancel():
                 self._cancel(router, item)
+            case SendPrefix() if self._lender is not None:
+                self._lender.lend(item)
             case _:
                 log.warning("a decode engine takes no %s", type(item).__name__)
 
     def step(self) -> bool:
         """Let landed requests join, give every running sequence room, run the model once, send the new tokens."""
         self._settle_transfers()
+        if self._lender is not None:
+            self._lender.poll()
         self._fail_unmasked()
         late = self._without_mask()
         self._step_time.began()
@@ -155,7 +163,7 @@ class DecodeEngine:
             host_tier=self._blocks.host_bytes(self._layout.bytes_per_page),
             staging=self._inlet.staging,
             counts=EngineCounts(**self._counts),
-            transfers=(),
+            transfers=() if self._lender is None else self._lender.traffic.transfers,
             links_up=0,
             speed=EngineSpeed(step_s=self._step_time.seconds if self._slots.running else 0.0),
         )

@@ -27,6 +27,7 @@ from splitserve.engine.serving import Engine, Send
 from splitserve.kv_transfer.by_device import new_host_sender, new_linked_receiver, new_mover, new_segment
 from splitserve.kv_transfer.inlet import KvInlet, ReceiveInlet, ReceiveService
 from splitserve.kv_transfer.mover import Mover
+from splitserve.kv_transfer.outlet import KvOutlet, SendOutlet, SendService
 from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.segments import Segment, SegmentReceiver
 from splitserve.kv_transfer.sender import KvSender
@@ -37,7 +38,6 @@ from splitserve.kv_transfer.transport import ReceiverTransport
 from splitserve.models.grammar import GrammarCompiler
 from splitserve.models.resolve import resolve_model
 from splitserve.prefill_worker.engine import PrefillEngine, PrefillLimits
-from splitserve.prefill_worker.outlet import KvOutlet, SendOutlet, SendService
 
 
 @dataclass(frozen=True)
@@ -97,32 +97,40 @@ def build_engine(leader: Leader) -> Engine:
     if leader.spec.role == "decode":
         staging = WindowAllocator(leader.spec.topology.staging)
         inlet = ReceiveInlet(leader.ranks, leader.layout, leader.endpoints, staging, lease_s)
-        return _decode_engine(leader, blocks, inlet)
+        lender = SendOutlet(leader.ranks, blocks) if leader.spec.topology.lends else None
+        return _decode_engine(leader, blocks, inlet, lender)
     local = LocalInlet(leader.layout, lease_s)
     prefill = _prefill_engine(leader, blocks, LocalOutlet(local))
     return ColocatedEngine(prefill, _decode_engine(leader, blocks, local))
 
 
 def _prefill_rank(spec: RankSpec, runner: ModelRunner) -> RankParts:
-    device, kv_transfer = torch.device(spec.device), spec.topology.kv_transfer
-    transport = new_host_sender(TcpSender(time.monotonic, spec.keys), device, kv_transfer.link_memory)
-    mover = new_mover(runner.cache)
-    sender = KvSender(mover, spec.tp_rank, transport, time.monotonic)
-    service = SendService(runner, sender)
-    if not spec.topology.fetch_staging:
-        return RankParts((service,), None, sender.close)
-    fetching = _receiving(spec, mover, spec.topology.fetch_staging, linked=False)
-
-    def close() -> None:
-        fetching.close()
-        sender.close()
-
-    return RankParts((service, *fetching.services), fetching.endpoint, close)
+    mover, topology = new_mover(runner.cache), spec.topology
+    sending = _sending(spec, runner, mover, topology.kv_transfer.link_memory)
+    if not topology.fetch_staging:
+        return sending
+    return _both(sending, _receiving(spec, mover, topology.fetch_staging, linked=False))
 
 
 def _decode_rank(spec: RankSpec, runner: ModelRunner, services: tuple[RankService, ...]) -> RankParts:
-    receiving = _receiving(spec, new_mover(runner.cache), spec.topology.staging, linked=True)
-    return replace(receiving, services=(*services, *receiving.services))
+    mover = new_mover(runner.cache)
+    receiving = _receiving(spec, mover, spec.topology.staging, linked=True)
+    parts = replace(receiving, services=(*services, *receiving.services))
+    return _both(parts, _sending(spec, runner, mover, link_memory=0)) if spec.topology.lends else parts
+
+
+def _both(one: RankParts, other: RankParts) -> RankParts:
+    def close() -> None:
+        one.close()
+        other.close()
+
+    return RankParts((*one.services, *other.services), one.endpoint or other.endpoint, close)
+
+
+def _sending(spec: RankSpec, runner: ModelRunner, mover: Mover, link_memory: int) -> RankParts:
+    transport = new_host_sender(TcpSender(time.monotonic, spec.keys), torch.device(spec.device), link_memory)
+    sender = KvSender(mover, spec.tp_rank, transport, time.monotonic)
+    return RankParts((SendService(runner, sender),), None, sender.close)
 
 
 def _receiving(spec: RankSpec, mover: Mover, staging: int, linked: bool) -> RankParts:
@@ -174,7 +182,9 @@ def _prefill_engine(
     )
 
 
-def _decode_engine(leader: Leader, blocks: BlockManager, inlet: KvInlet) -> DecodeEngine:
+def _decode_engine(
+    leader: Leader, blocks: BlockManager, inlet: KvInlet, lender: SendOutlet | None = None
+) -> DecodeEngine:
     spec = leader.spec
     pool = spec.topology.decode
     limits = DecodeLimits(pool.slots, pool.max_sequences, leader.loaded.limits)
@@ -189,6 +199,7 @@ def _decode_engine(leader: Leader, blocks: BlockManager, inlet: KvInlet) -> Deco
         limits,
         leader.grammars,
         leader.send,
+        lender=lender,
     )
 
 

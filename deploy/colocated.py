@@ -19,15 +19,15 @@ from splitserve.cluster.messages import (
     SendPrefix,
     SendTo,
     Ticket,
+    transfer_id_of,
 )
 from splitserve.decode_worker.engine import DecodeEngine
 from splitserve.engine.batch import Batch
 from splitserve.engine.block_manager import BlockTable
 from splitserve.engine.ranks import RunBatch
 from splitserve.kv_transfer.inlet import Landed, Lost
+from splitserve.kv_transfer.outlet import NO_TRAFFIC, Delivered
 from splitserve.prefill_worker.engine import PrefillEngine
-from splitserve.prefill_worker.outlet import NO_TRAFFIC, Delivered
-from splitserve.prefill_worker.prompt_request import PromptRequest
 
 
 class LocalInlet:
@@ -73,8 +73,8 @@ class LocalOutlet:
         self._open: set[str] = set()
         self._delivered: list[Delivered] = []
 
-    def open(self, request: PromptRequest) -> BlockTable:
-        transfer_id = request.transfer_id
+    def open(self, request: Prefill, ticket: Ticket | None) -> BlockTable:
+        transfer_id = transfer_id_of(request.request_id, request.attempt)
         if transfer_id not in self._inlet.tables:
             raise TransferFailed("the reservation is gone")
         self._open.add(transfer_id)

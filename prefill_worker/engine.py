@@ -48,8 +48,8 @@ from splitserve.engine.sequence import ModelLimits, Sequence
 from splitserve.engine.serving import Send
 from splitserve.engine.to_device import to_device
 from splitserve.kv_transfer.inlet import KvInlet
+from splitserve.kv_transfer.outlet import KvOutlet
 from splitserve.prefill_worker.fetcher import PrefixFetcher
-from splitserve.prefill_worker.outlet import KvOutlet
 from splitserve.prefill_worker.prompt_request import PromptRequest
 from splitserve.prefill_worker.scheduler import plan_chunks
 
@@ -277,7 +277,7 @@ class PrefillEngine:
 
     def _open(self, request: PromptRequest) -> bool:
         """Get pages for a prompt, if there are any. Raises TransferFailed when its reservation is gone."""
-        request.sequence.table = self._outlet.open(request)
+        request.sequence.table = self._outlet.open(request.message, request.ticket)
         return request.sequence.table is not None
 
     def _to_compute(self) -> int:

@@ -241,7 +241,7 @@ class Dispatcher:
 
     def _wanted(self, request: Request, sample: SampleOutput) -> Wanted:
         token_ids = request.tokens_of(sample)
-        cached = self.engines.prefixes.cached_tokens(token_ids) if self._policy == "kv_aware" else {}
+        cached = self.engines.cached_tokens(token_ids) if self._policy == "kv_aware" else {}
         return Wanted(len(token_ids), cached, request.broken, self._slo.tpot_s or math.inf)
 
     def _refuse_late(self, request: Request, prefill: EngineView, ttft_s: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,6 +33,11 @@ class Engine:
         self.last_seen = time.monotonic()
         self.ready = False
         self.placed = self.placed_tokens = 0  # requests given to it since its last stats, and what they lack
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can take requests."""
+        return self.ready and not self.member.draining
 
     @property
     def view(self) -> EngineView:
@@ -103,9 +108,13 @@ class Engines:
 
     def views(self, *roles: str) -> list[EngineView]:
         """The engines of these roles that can take requests, by name."""
-        engines = [engine for _, engine in sorted(self._engines.items())]
-        ready = [engine for engine in engines if engine.ready and not engine.member.draining]
-        return [engine.view for engine in ready if engine.member.role in roles]
+        engines = [engine for _, engine in sorted(self._engines.items()) if engine.is_open]
+        return [engine.view for engine in engines if engine.member.role in roles]
+
+    def cached_tokens(self, token_ids: Sequence[int]) -> Mapping[str, int]:
+        """How many leading tokens each engine has cached, of those that can take requests and have any."""
+        cached = self.prefixes.cached_tokens(token_ids)
+        return {name: tokens for name, tokens in cached.items() if self._engines[name].is_open}
 
     def place(self, name: str, message: Reserve | Prefill, tokens: int) -> None:
         """Send a request to engine `name`. Until its next stats it counts in its load, with the `tokens` it lacks."""

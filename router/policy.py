@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import starmap
 from typing import Literal, NamedTuple
 
 from splitserve.cluster.messages import EngineSpeed
@@ -26,7 +27,7 @@ class EngineView:
 
     `placed` of these were placed since it last spoke, with `placed_tokens` prompt tokens to compute. `free_tokens` is
     the KV room that it has left, as it last said, and `slots` how many it decodes at once. One that `fetches` can have
-    prefixes sent to it that other prefill engines have cached.
+    prefixes sent to it that other engines have cached.
     """
 
     engine: str
@@ -108,14 +109,12 @@ def predicted_ttfts(prefills: Sequence[EngineView], wanted: Wanted) -> dict[str,
     """Seconds to the first token on each prefill engine, and what it should fetch for that.
 
     It computes what waits there and what it lacks of the prompt, or fetches some of that, while it computes what waits,
-    from the one of `prefills` that has most. An engine that has computed nothing yet is taken to be as fast as the
-    others; where all are new, in tokens.
+    from the engine that has most cached. An engine that has computed nothing yet is taken to be as fast as the others;
+    where all are new, in tokens.
     """
     seen = [one.speed for one in prefills if one.speed.is_known]
     typical = min(seen, key=lambda speed: speed.batch_s + speed.batch_tokens * speed.token_s, default=UNKNOWN)
-    most = max(
-        (Fetch(one.engine, wanted.cached.get(one.engine, 0)) for one in prefills), key=lambda fetch: fetch.tokens
-    )
+    most = max(starmap(Fetch, wanted.cached.items()), key=lambda most: most.tokens, default=NO_FETCH)
     times = {}
     for one in prefills:
         speed = one.speed if one.speed.is_known else typical

@@ -43,6 +43,7 @@ from splitserve.engine.runner import ModelRunner
 from splitserve.engine.sequence import ModelLimits
 from splitserve.kv_transfer.inlet import ReceiveInlet, ReceiveService
 from splitserve.kv_transfer.memory import Faults, MemoryNetwork, MemoryReceiver, MemorySender
+from splitserve.kv_transfer.outlet import SendOutlet, SendService
 from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.sender import KvSender
 from splitserve.kv_transfer.staging import WindowAllocator
@@ -52,7 +53,6 @@ from splitserve.models.layers import SingleRank
 from splitserve.models.resolve import load_model_config
 from splitserve.models.weights import load_model
 from splitserve.prefill_worker.engine import PrefillEngine, PrefillLimits
-from splitserve.prefill_worker.outlet import SendOutlet, SendService
 from splitserve.prefill_worker.runner import PrefillRunner
 from tests.kv_transfer.ranks import SlowDevice, SlowMover
 
@@ -195,17 +195,24 @@ class InProcessCluster:
         self.senders: list[KvSender] = []
         prefills = [self._prefill(network, number) for number in range(settings.prefills)]
         runner = self._runner()
-        receiver = self._receiver(network, "decode", self._mover(runner, settings.prefills))
-        ranks = Ranks(Rank(runner, *self._decode_services(runner), ReceiveService(receiver)))
-        self.blocks.append(self._block_manager(ranks))
-        return [*prefills, self._decode_engine(ranks, self.blocks[-1], self._inlet(ranks, "decode", self.staging))]
+        mover = self._mover(runner, settings.prefills)
+        receiver = self._receiver(network, "decode", mover)
+        services: list[RankService] = [ReceiveService(receiver)]
+        services.append(self._send_service(network, "decode, prefixes", runner, mover))
+        ranks = Ranks(Rank(runner, *self._decode_services(runner), *services))
+        self.blocks.append(blocks := self._block_manager(ranks))
+        inlet, lender = self._inlet(ranks, "decode", self.staging), SendOutlet(ranks, blocks)
+        return [*prefills, self._decode_engine(ranks, blocks, inlet, lender)]
+
+    def _send_service(self, network: MemoryNetwork, name: str, runner: ModelRunner, mover: SlowMover) -> SendService:
+        self.senders.append(KvSender(mover, 0, MemorySender(network, name), time.monotonic))
+        return SendService(runner, self.senders[-1])
 
     def _prefill(self, network: MemoryNetwork, number: int) -> PrefillEngine:
         runner = self._runner()
         mover, name = self._mover(runner, number), f"prefill {number}"
-        self.senders.append(KvSender(mover, 0, MemorySender(network, name), time.monotonic))
         receiver = self._receiver(network, f"{name}, prefixes", mover)
-        ranks = Ranks(Rank(runner, SendService(runner, self.senders[-1]), ReceiveService(receiver)))
+        ranks = Ranks(Rank(runner, self._send_service(network, name, runner, mover), ReceiveService(receiver)))
         self.blocks.append(blocks := self._block_manager(ranks))
         prefixes = self._inlet(ranks, f"{name}, prefixes", WindowAllocator(STAGING_BYTES))
         return self._prefill_engine(ranks, blocks, SendOutlet(ranks, blocks), prefixes)
@@ -269,11 +276,23 @@ class InProcessCluster:
             prefixes=prefixes,
         )
 
-    def _decode_engine(self, ranks: Ranks, blocks: BlockManager, inlet: Any) -> DecodeEngine:
+    def _decode_engine(
+        self, ranks: Ranks, blocks: BlockManager, inlet: Any, lender: SendOutlet | None = None
+    ) -> DecodeEngine:
         limits = DecodeLimits(self.settings.slots, self.settings.max_sequences, self._limits)
         steps = self._steps(ranks)
         return DecodeEngine(
-            "decode/0/0", "1", ranks, steps, blocks, self.layout, inlet, limits, self.grammars, self._hear
+            "decode/0/0",
+            "1",
+            ranks,
+            steps,
+            blocks,
+            self.layout,
+            inlet,
+            limits,
+            self.grammars,
+            self._hear,
+            lender=lender,
         )
 
     def _reserve(self, name: str) -> None:

@@ -197,7 +197,14 @@ def test_ways_between_gpus_need_both_pools_on_gpus(tmp_path: Path, transport: st
 def test_communicators_between_hosts_count_as_memory_of_both(tmp_path: Path) -> None:
     cuda = {"device": "cuda", "kv_memory": "3GiB"}
     raw: dict[str, Any] = {"prefill": cuda, "decode": cuda, "hosts": {"gpus": 2, "gpu_memory": "8GiB"}}
-    assert plan_text(tmp_path, raw).topology.gpu_staging("prefill") == BOUNCE_BYTES
+    topology = plan_text(tmp_path, raw).topology
+    assert topology.gpu_staging("prefill") == topology.fetch_staging + BOUNCE_BYTES
+    assert topology.gpu_staging("decode") == topology.staging + BOUNCE_BYTES
+    raw["prefill"] = cuda | {"prefix_cache": False}
+    topology = plan_text(tmp_path, raw).topology
+    assert topology.gpu_staging("prefill") == BOUNCE_BYTES, "nothing that it could fetch"
+    assert topology.gpu_staging("decode") == topology.staging, "nobody that it could lend to"
+    raw["prefill"] = cuda
     raw["kv_transfer"] = {"transport": "nccl", "link_memory": "1792MiB", "staging": "2304MiB"}
     faults = faults_of(tmp_path, raw)
     assert set(faults) == {"prefill.kv_memory", "decode.kv_memory"}
@@ -205,13 +212,13 @@ def test_communicators_between_hosts_count_as_memory_of_both(tmp_path: Path) -> 
     assert "4 GiB of staging" in faults["decode.kv_memory"].expected
 
 
-def test_staging_on_a_gpu_counts_as_memory_of_decode_alone(tmp_path: Path) -> None:
+def test_staging_on_a_gpu_counts_as_memory_of_decode(tmp_path: Path) -> None:
     cuda = {"device": "cuda", "kv_memory": "1GiB"}
     raw: dict[str, Any] = {"prefill": cuda, "decode": cuda, "hosts": {"gpus": 2, "gpu_memory": "8GiB"}}
     raw["kv_transfer"] = {"staging": "7GiB"}
     faults = faults_of(tmp_path, raw)
     assert set(faults) == {"decode.kv_memory"}
-    assert "7 GiB of staging" in faults["decode.kv_memory"].expected
+    assert "7.12 GiB of staging" in faults["decode.kv_memory"].expected
 
 
 def test_pools_of_different_nodes_share_no_host(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def assert_nothing_is_held(cluster: InProcessCluster) -> None:
     cluster.settle()
     assert cluster.free_pages() == [cluster.settings.pages] * 3
     assert [engine.stats().staging.used for engine in cluster.engines] == [0, 0, 0]
-    assert [sender.active for sender in cluster.senders] == [(), ()]
+    assert [sender.active for sender in cluster.senders] == [(), (), ()]
 
 
 def test_what_another_engine_has_is_fetched_and_the_rest_computed(tiny_model: Path) -> None:
@@ -55,6 +55,21 @@ def test_what_another_engine_has_is_fetched_and_the_rest_computed(tiny_model: Pa
     cluster.ask("here", PROMPT, PARAMS, prefill=1, holder=(0, CACHED))
     assert cluster.run()["here"].tokens[0] == expected
     assert counts(cluster, 1).fetched_tokens == CACHED, "it is cached here now"
+    assert_nothing_is_held(cluster)
+
+
+def test_the_next_turn_fetches_the_answer_from_decode(tiny_model: Path) -> None:
+    cluster = InProcessCluster(tiny_model, SETTINGS)
+    cluster.ask("turn 1", PROMPT, replace(PARAMS, max_tokens=60))
+    turn = [*PROMPT, *cluster.run()["turn 1"].tokens[0], 7, 8, 9]
+    cluster.settle()
+    cluster.ask("computed", turn, PARAMS, prefill=1)
+    cluster.ask("fetched", turn, PARAMS, holder=(2, 144))
+    answers = cluster.run()
+    assert answers["fetched"].tokens == answers["computed"].tokens
+    assert counts(cluster, 0).fetched_tokens == 144 - CACHED
+    (sent,) = cluster.engines[2].stats().transfers
+    assert (sent.started, sent.completed) == (1, 1)
     assert_nothing_is_held(cluster)
 
 

@@ -170,7 +170,7 @@ def test_prefixes_are_fetched_where_that_is_faster() -> None:
         view = fast(name, pending)
         return replace(view, fetches=fetches, speed=replace(view.speed, fetched_token_s=token_s))
 
-    wanted, warm = Wanted(tokens=2000, cached={"warm": 1600, "cold": 400, "decode": 1999}), one("warm", 1_000_000)
+    wanted, warm = Wanted(tokens=2000, cached={"warm": 1600, "cold": 400}), one("warm", 1_000_000)
 
     def of(cold: EngineView) -> tuple[int, Fetch]:
         seconds, fetch = predicted_ttfts([cold, warm], wanted)["cold"]
@@ -184,6 +184,8 @@ def test_prefixes_are_fetched_where_that_is_faster() -> None:
     assert of(one("cold"))[1] == Fetch("warm", 1600), "to see how fast it is"
     assert predicted_ttfts([one("cold"), warm], wanted)["warm"][1] == NO_FETCH, "nobody has more"
     assert predicted_ttfts([one("cold"), warm], Wanted(tokens=20))["cold"][1] == NO_FETCH
+    wanted_of_decode = replace(wanted, cached={"warm": 1600, "decode/0/0": 1920})
+    assert predicted_ttfts([one("cold"), warm], wanted_of_decode)["cold"][1] == Fetch("decode/0/0", 1920)
     assert prefill_of([one("cold"), warm], wanted) == "cold"
 
 

@@ -1,4 +1,4 @@
-"""Where prefilled KV goes: over the wire to a decode engine, or, colocated, nowhere at all."""
+"""Where an engine's KV goes: over the wire to another engine, or, colocated, nowhere at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from splitserve.cluster.channel import Socket
 from splitserve.cluster.codec import message
 from splitserve.cluster.counts import TransferCounts
 from splitserve.cluster.errors import TransferFailed
-from splitserve.cluster.messages import HandOff, SendPrefix, Ticket
+from splitserve.cluster.messages import HandOff, Prefill, SendPrefix, Ticket, transfer_id_of
 from splitserve.engine.batch import Batch
 from splitserve.engine.block_manager import BlockManager, BlockTable
 from splitserve.engine.ranks import Agreement, Handlers, Ranks
@@ -19,7 +19,6 @@ from splitserve.kv_transfer.mover import Mark
 from splitserve.kv_transfer.protocol import SendFailed
 from splitserve.kv_transfer.sender import KvSender
 from splitserve.kv_transfer.traffic import total
-from splitserve.prefill_worker.prompt_request import PromptRequest
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Delivered:
 class KvOutlet(Protocol):
     """What the prefill engine needs to know of the way that KV takes."""
 
-    def open(self, request: PromptRequest) -> BlockTable | None:
+    def open(self, request: Prefill, ticket: Ticket | None) -> BlockTable | None:
         """Pages to compute the prompt's KV into; None when there is no room now.
 
         Raises TransferFailed when the reservation is good no more.
@@ -138,7 +137,7 @@ NO_TRAFFIC = SendTraffic((), 0)
 
 
 class SendService:
-    """A prefill rank's part of every transfer."""
+    """A sending rank's part of every transfer."""
 
     def __init__(self, runner: ModelRunner, sender: KvSender) -> None:
         self._runner, self._sender = runner, sender
@@ -232,7 +231,7 @@ class _Transfer:
 
 
 class SendOutlet:
-    """KV goes to decode engines. Prompt pages come from the prefill engine's own cache and stay until all is sent."""
+    """KV goes to other engines. Pages come from the engine's own cache and stay until all is sent."""
 
     def __init__(self, ranks: Ranks, blocks: BlockManager) -> None:
         self._ranks, self._blocks = ranks, blocks
@@ -240,13 +239,12 @@ class SendOutlet:
         self._agreement = Agreement(ranks.size)
         self._traffic: dict[int, SendTraffic] = {}
 
-    def open(self, request: PromptRequest) -> BlockTable | None:
+    def open(self, request: Prefill, ticket: Ticket | None) -> BlockTable | None:
         # Prompt log probabilities need the logits of every position, so nothing may come from the cache.
-        message = request.message
-        reuse = None if message.params.prompt_logprobs is None else 0
-        table = self._blocks.allocate(message.token_ids, message.extra_keys, max_cached_tokens=reuse)
+        reuse = None if request.params.prompt_logprobs is None else 0
+        table = self._blocks.allocate(request.token_ids, request.extra_keys, max_cached_tokens=reuse)
         if table is not None:
-            self._transfers[request.transfer_id] = _Transfer(table, request.ticket)
+            self._transfers[transfer_id_of(request.request_id, request.attempt)] = _Transfer(table, ticket)
         return table
 
     def send_to(self, ticket: Ticket) -> None:

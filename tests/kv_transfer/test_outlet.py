@@ -7,8 +7,7 @@ from splitserve.cluster.messages import HandOff, Prefill, Ticket
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.engine.batch import Batch
 from splitserve.engine.block_manager import BlockManager
-from splitserve.engine.sequence import ModelLimits, Sequence
-from splitserve.prefill_worker.outlet import (
+from splitserve.kv_transfer.outlet import (
     AbortSend,
     BeginSend,
     DeclineSend,
@@ -17,7 +16,6 @@ from splitserve.prefill_worker.outlet import (
     RunAndSend,
     SendOutlet,
 )
-from splitserve.prefill_worker.prompt_request import PromptRequest
 
 LAYOUT = KvLayout(1, 2, 2, 1, 8, 16, "float32")
 BATCH = Batch.of([])
@@ -47,9 +45,7 @@ def opened(*names: str, granted: bool = True) -> tuple[SendOutlet, RecordingRank
     outlet = SendOutlet(ranks, blocks)  # type: ignore[arg-type]
     for name in names:
         message = Prefill(name, 1, list(range(20)), SamplingParams(), 9.0)
-        sequence = Sequence.of(message, 0, ModelLimits(64, 64, frozenset()))
-        prompt = PromptRequest(b"router", message, sequence, 0.0, 20, ticket(name) if granted else None)
-        assert outlet.open(prompt) is not None
+        assert outlet.open(message, ticket(name) if granted else None) is not None
     return outlet, ranks, blocks
 
 
