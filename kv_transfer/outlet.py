@@ -280,15 +280,17 @@ class SendOutlet:
 
     def lend(self, prefix: SendPrefix) -> None:
         ticket, tokens = prefix.ticket, prefix.ticket.num_tokens
-        table = self._blocks.allocate(prefix.token_ids[: tokens + 1], prefix.extra_keys)
-        if table is None or table.cached_tokens < tokens or ticket.transfer_id in self._transfers:
-            if table is not None:
-                self._blocks.free(table)
-            self.decline(ticket, "that prefix is not cached (any more)")
+        table = None
+        if 0 < tokens < len(prefix.token_ids) and ticket.transfer_id not in self._transfers:
+            table = self._blocks.allocate(prefix.token_ids[: tokens + 1], prefix.extra_keys)
+        if table is not None and table.cached_tokens == tokens:
+            self._transfers[ticket.transfer_id] = transfer = _Transfer(table, ticket, written=True)
+            self._ranks.execute(transfer.begin(ticket))
+            self.finish(ticket.transfer_id, HandOff(()))
             return
-        self._transfers[ticket.transfer_id] = transfer = _Transfer(table, ticket, written=True)
-        self._ranks.execute(transfer.begin(ticket))
-        self.finish(ticket.transfer_id, HandOff(()))
+        if table is not None:
+            self._blocks.free(table)
+        self.decline(ticket, "that prefix is not cached (any more)")
 
     def abort(self, transfer_id: str, reason: str) -> None:
         transfer = self._transfers[transfer_id]

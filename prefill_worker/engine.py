@@ -211,7 +211,7 @@ class PrefillEngine:
         tokens = len(message.token_ids)
         stop = min(message.cached.num_tokens, tokens - 1) // page_size * page_size
         lacking = stop - (tokens - request.uncached)
-        if lacking > 0 and self._open(request):
+        if lacking > 0 and not self._fetcher.follow(request, stop) and self._open(request):
             batch_s, token_s = self._batch_times.line
             compute_s = -(-lacking // self._limits.chunk_tokens) * batch_s + lacking * token_s
             self._fetcher.begin(request, stop, compute_s or UNKNOWN_PATIENCE_S)

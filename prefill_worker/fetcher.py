@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from splitserve.cluster.counts import BytesUsed
 from splitserve.cluster.messages import FetchPrefix
@@ -16,12 +16,13 @@ SMOOTHING = 0.2
 
 @dataclass(frozen=True)
 class _Fetch:
-    """Of the tokens before `stop_token`; given up when it takes longer than `patience_s`."""
+    """Of the tokens before `stop_token`; given up when it takes longer than `patience_s`. `followers` begin alike."""
 
     request: PromptRequest
     stop_token: int
     began: float
     patience_s: float
+    followers: list[PromptRequest] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -39,6 +40,16 @@ class PrefixFetcher:
     @property
     def staging(self) -> BytesUsed:
         return self._inlet.staging
+
+    def follow(self, request: PromptRequest, stop_token: int) -> bool:
+        """Wait for what another prompt fetches, if that is the same: it is cached then."""
+        beginning = request.message.token_ids[:stop_token]
+        for fetch in self._under_way.values():
+            if (fetch.stop_token, fetch.request.message.token_ids[:stop_token]) == (stop_token, beginning):
+                fetch.followers.append(request)
+                request.fetching = True
+                return True
+        return False
 
     def begin(self, request: PromptRequest, stop_token: int, patience_s: float) -> None:
         """Fetch what the table of `request` lacks before `stop_token`, if there is staging for it now."""
@@ -70,13 +81,14 @@ class PrefixFetcher:
 
     def abort(self, request: PromptRequest) -> None:
         """Give up what is fetched for `request`, if anything is."""
-        if self._under_way.pop(_transfer_id(request), None) is not None:
+        if (fetch := self._under_way.pop(_transfer_id(request), None)) is not None:
+            for waiting in (request, *fetch.followers):
+                waiting.fetching = False
             self._inlet.close(_transfer_id(request))
 
     def _end(self, fetch: _Fetch) -> None:
         seen = (self._clock() - fetch.began) / fetch.tokens
         self.token_s += SMOOTHING * (seen - self.token_s) if self.token_s else seen
-        fetch.request.fetching = False
         self.abort(fetch.request)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from splitserve.cluster.counts import EngineCounts
-from splitserve.cluster.messages import Cancel
+from splitserve.cluster.messages import Cancel, RankEndpoint, SendPrefix, Ticket
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.kv_transfer.memory import Faults
 from tests.engines import ROUTER, InProcessCluster, Settings
@@ -91,6 +91,33 @@ def test_at_least_one_token_is_computed(tiny_model: Path, tokens: int) -> None:
     cluster.ask("again", PROMPT[:tokens], PARAMS, prefill=1, holder=(0, CACHED))
     assert cluster.run()["again"].tokens[0] == expected
     assert counts(cluster, 1).fetched_tokens == (tokens - 1) // 16 * 16
+    assert_nothing_is_held(cluster)
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_prompts_that_begin_alike_fetch_once(tiny_model: Path, cancelled: bool) -> None:
+    cluster, expected = warm(folder=tiny_model)
+    for number in range(4):
+        cluster.ask(f"{number}", PROMPT, PARAMS, prefill=1, holder=(0, CACHED))
+    assert cluster.engines[1].stats().waiting == 4
+    assert cluster.senders[0].active == ("0/0/prefix",)
+    if cancelled:
+        cluster.cancel("0")
+        del cluster.answers["0"]
+    assert {tuple(answer.tokens[0]) for answer in cluster.run().values()} == {tuple(expected)}
+    assert counts(cluster, 1).fetched_tokens == (0 if cancelled else CACHED)
+    assert counts(cluster, 1).cached_tokens == CACHED * (3 if cancelled else 4) - CACHED * cancelled
+    assert_nothing_is_held(cluster)
+
+
+@pytest.mark.parametrize("tokens", [[], PROMPT[:96], PROMPT[:50]])
+def test_what_cannot_be_lent_is_declined(tiny_model: Path, tokens: list[int]) -> None:
+    cluster, _ = warm(folder=tiny_model)
+    for number in (96, 0, -1, -7):
+        endpoint = RankEndpoint("nowhere", "memory", "", "", 0, 1 << 16)
+        ticket = Ticket(f"x{number}", 1, cluster.layout, 0, number, 2.0, (endpoint,))
+        for engine in cluster.engines:
+            engine.handle(ROUTER, SendPrefix(tokens, (), ticket))
     assert_nothing_is_held(cluster)
 
 
