@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
 
 from splitserve.client import Client
 from tests.worker_threads import running, topology
@@ -27,9 +29,19 @@ def ask(client: Client, seed: int) -> list[tuple[str, str]]:
     return [(sample.text, sample.finish_reason) for sample in found.result().samples]
 
 
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+def cluster(model: Path, device: str, tp: int = 1) -> AbstractContextManager[Client]:
+    return running(topology(model, decode_tp=tp, device=device, dtype="float32" if device == "cpu" else "bfloat16"))
+
+
 @pytest.mark.parametrize("tp", [1, 2])
-def test_what_a_client_gets_is_what_it_asked_for(tiny_model: Path, tp: int) -> None:
-    with running(topology(tiny_model, decode_tp=tp)) as client:
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_what_a_client_gets_is_what_it_asked_for(tiny_model: Path, device: str, tp: int) -> None:
+    if device == "cuda" and tp > torch.cuda.device_count():
+        pytest.skip("one GPU only")
+    with cluster(tiny_model, device, tp) as client:
         answers = [ask(client, seed) for seed in range(3)]
         for text, reason in [sample for answer in answers for sample in answer]:
             assert reason == "stop"
@@ -38,3 +50,17 @@ def test_what_a_client_gets_is_what_it_asked_for(tiny_model: Path, tp: int) -> N
         choice = client.generate("Who?", choice=["you", "me"], logprobs=1).result().samples[0]
         assert choice.text in ("you", "me")
         assert len(choice.logprobs) == len(choice.token_ids)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_a_stop_string_ends_a_constrained_answer_before_its_grammar_does(tiny_model: Path, device: str) -> None:
+    with cluster(tiny_model, device) as client:
+        whole = client.generate("Who?", regex="(ab){40}", max_tokens=200).result().samples[0]
+        assert (whole.text, whole.finish_reason) == ("ab" * 40, "stop")
+        for stop, text in (("aba", ""), ("bab", "a"), ("ababab", "")):
+            found = client.generate("Who?", regex="(ab){40}", stop=[stop], max_tokens=200).result().samples[0]
+            assert (found.text, found.finish_reason) == (text, "stop")
+        late = client.generate("Who?", regex="(ab){20}cd(ab){20}", stop=["cd"], n=3, max_tokens=200).result()
+        assert [(sample.text, sample.finish_reason) for sample in late.samples] == [("ab" * 20, "stop")] * 3
+        again = client.generate("Who?", regex="(ab){40}", max_tokens=200).result().samples[0]
+        assert again.token_ids == whole.token_ids, "what was stopped left nothing behind"
