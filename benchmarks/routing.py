@@ -118,7 +118,9 @@ async def replay(trace: Trace) -> list[Turn]:
     systems = [tokens(random.Random(f"system {number}"), trace, trace.system_tokens) for number in range(trace.systems)]
     turns: list[Turn] = []
     async with AsyncClient(ADDRESS) as client:
-        await asyncio.gather(*(client.generate(tokens(random.Random(n), trace, 64)).result() for n in range(4)))
+        await asyncio.gather(
+            *(client.generate(tokens(random.Random(n), trace, 64), max_tokens=8).result() for n in range(4))
+        )
         async with asyncio.TaskGroup() as group:
             for number in range(trace.conversations):
                 group.create_task(converse(client, trace, number, systems, turns))

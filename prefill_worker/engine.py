@@ -219,7 +219,8 @@ class PrefillEngine:
     def _send_to(self, router: bytes, item: SendTo) -> None:
         transfer_id = transfer_id_of(item.request_id, item.attempt)
         for request in self._requests():
-            if (request.transfer_id, request.router, request.ticket) == (transfer_id, router, None):
+            found = request.transfer_id, request.router, request.ticket
+            if found == (transfer_id, router, None) and item.ticket.transfer_id == transfer_id:
                 request.ticket = item.ticket
                 if request.sequence.table is not None:
                     self._outlet.send_to(item.ticket)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from splitserve.cluster.messages import Cancel
+from splitserve.cluster.messages import Cancel, RankEndpoint, SendTo, Ticket
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.kv_transfer.memory import Faults
 from tests.engines import ROUTER, InProcessCluster, Settings
@@ -253,6 +253,19 @@ def test_prompts_are_computed_before_their_tickets_come(tiny_model: Path, seed: 
         tokens.append({name: dict(answer.tokens) for name, answer in cluster.run().items()})
         assert_everything_is_free(cluster)
     assert tokens[1] == tokens[0]
+
+
+def test_a_ticket_of_another_transfer_is_declined(tiny_model: Path) -> None:
+    cluster = InProcessCluster(tiny_model, Settings(late_tickets=4, seed=1))
+    cluster.ask("a", PROMPT, PARAMS)
+    endpoint = RankEndpoint("nowhere", "memory", "", "", 0, 1 << 16)
+    for name in ("b/0", "", "a/1"):
+        ticket = Ticket(name, 1, cluster.layout, 0, len(PROMPT), 2.0, (endpoint,))
+        cluster.engines[0].handle(ROUTER, SendTo("a", 0, ticket))
+        cluster.engines[0].handle(ROUTER, SendTo("b", 0, ticket))
+        cluster.step()
+    assert len(cluster.run()["a"].tokens[0]) == 10
+    assert_everything_is_free(cluster)
 
 
 @pytest.mark.parametrize("steps", range(6))

@@ -224,6 +224,25 @@ def test_roll(tmp_path: Path, tiny_model: Path) -> None:
             assert f"{section}.{field}: found '{value}'; it cannot change while" in refused("up", cluster.file)
             cluster.rewrite(**{section: {field: {"context": 1024, "grpc": state_of(cluster.name).endpoints[0]}[field]}})
         assert "already running" in succeed("up", cluster.file)
+        _roll_that_cannot_go_on(cluster)
+
+
+def _roll_that_cannot_go_on(cluster: Running) -> None:
+    """It stops at its first worker, all others serve, and a file that is right goes on from there."""
+    before = {name: cluster.pid(name) for name in cluster.units()}
+    cluster.rewrite(kv_transfer={"staging": "900GiB"})
+    with cluster.load() as load:
+        failed = run_command("up", cluster.file)
+        assert failed.returncode == 1
+        assert "staging: /dev/shm has no room for" in failed.stderr
+        serving = {name for name, state in cluster.states().items() if state == "ready"}
+        assert len(serving) == len(before) - 1
+        assert {name: cluster.pid(name) for name in serving} == {name: before[name] for name in serving}
+        load.pass_by()
+        cluster.rewrite(kv_transfer={"staging": "5MiB"})
+        assert f"is as {cluster.file} says after" in succeed("up", cluster.file)
+        assert set(cluster.states().values()) == {"ready"}
+        load.pass_by()
 
 
 def all_new(cluster: Running, before: dict[str, int]) -> bool:
