@@ -212,8 +212,8 @@ class PrefillEngine:
         stop = min(message.cached.num_tokens, tokens - 1) // page_size * page_size
         lacking = stop - (tokens - request.uncached)
         if lacking > 0 and not self._fetcher.follow(request, stop) and self._open(request):
-            batch_s, token_s = self._batch_times.line
-            compute_s = -(-lacking // self._limits.chunk_tokens) * batch_s + lacking * token_s
+            (batch_s, token_s), waiting = self._batch_times.line, self._to_compute()
+            compute_s = -(-waiting // self._limits.chunk_tokens) * batch_s + waiting * token_s
             self._fetcher.begin(request, stop, compute_s or UNKNOWN_PATIENCE_S)
 
     def _send_to(self, router: bytes, item: SendTo) -> None:

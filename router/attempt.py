@@ -28,15 +28,15 @@ from splitserve.cluster.messages import (
 )
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.router.output_buffer import SampleOutput
-from splitserve.router.policy import NO_FETCH, Fetch, Placement
+from splitserve.router.policy import Placement
 
 
 class Attempt:
     """Number `number` of a request, for `samples` with consecutive indices that stand at the same token.
 
     `reply` ends the wait for decode's leave. `joined`: decode has all that it needs of prefill. `uncached`: how many
-    tokens prefill is expected to compute, unless it can `fetch` some from another engine. `early` is what prefill has
-    answered before decode has.
+    tokens prefill is expected to compute, unless it fetches what engine `holder` has `cached`. `early` is what prefill
+    has answered before decode has.
     """
 
     def __init__(
@@ -48,10 +48,11 @@ class Attempt:
         prompt: list[int],
         params: SamplingParams,
         uncached: int,
-        fetch: Fetch = NO_FETCH,
+        holder: str = "",
+        cached: Cached | None = None,
     ) -> None:
         self.number, self.placement, self.samples, self.uncached = number, placement, samples, uncached
-        self.fetch = fetch
+        self.holder, self._cached = holder, cached
         self.reply: asyncio.Future[Granted | Busy | Failed] = asyncio.get_running_loop().create_future()
         self.joined = False
         self.early: FirstToken | None = None
@@ -82,8 +83,8 @@ class Attempt:
     def reserve(self, source: KvLayout, deadline_s: float) -> Reserve:
         return Reserve(source=source, deadline_s=deadline_s, **self._asked)
 
-    def prefill(self, deadline_s: float, cached: Cached | None) -> Prefill:
-        return Prefill(deadline_s=deadline_s, cached=cached, **self._asked)
+    def prefill(self, deadline_s: float) -> Prefill:
+        return Prefill(deadline_s=deadline_s, cached=self._cached, **self._asked)
 
     def send_prefix(self, ticket: Ticket) -> SendPrefix:
         """For the engine that has it cached."""

@@ -213,31 +213,50 @@ class Dispatcher:
             if not prefills or not untried:
                 return min(refusals.values(), default=NO_WORKER_RETRY_S)
             wanted = self._wanted(request, samples[0])
-            counter, linked = next(self._placements), self._linked()
-            placement = place(prefills, untried, self._policy, counter, wanted, linked)
-            ttft_s, fetch = predicted_ttfts(prefills, wanted)[placement.prefill]
-            self._refuse_late(request, next(one for one in prefills if one.engine == placement.prefill), ttft_s)
-            attempt = request.attempt(samples, placement, wanted.uncached(placement.prefill), fetch)
-            chosen = next(one for one in untried if one.engine == placement.decode)
-            early = not in_line and placement.prefill != placement.decode and has_room(chosen, wanted)
+            attempt = self._place(request, samples, prefills, untried, wanted)
             self.metrics.attempts["busy" if refusals else why].inc()
-            source, decode = self.engines.layout(placement.prefill), placement.decode
-            lacking = 0 if decode == placement.prefill else wanted.uncached(decode)
-            self.engines.place(decode, attempt.reserve(source, request.remaining_s), lacking)
-            if early:
-                self._prefill(request, attempt)
-            reply = await attempt.reply
+            prefill, decode = attempt.placement
+            room = has_room(next(one for one in untried if one.engine == decode), wanted)
+            lacking = 0 if decode == prefill else wanted.uncached(decode)
+            reply = await self._reserve(request, attempt, lacking, early=room and not in_line and decode != prefill)
             if isinstance(reply, Granted):
-                if request.has(attempt.number):  # else lost since: others go on already
-                    if not early:
-                        self._prefill(request, attempt)
-                    self.engines.send(placement.prefill, attempt.send_to(reply.ticket))
                 return None
-            if early:
-                self._cancel(attempt)
-            if isinstance(reply, Failed):
-                raise error_of(reply)
             refusals[decode] = reply.retry_after_s
+
+    def _place(
+        self,
+        request: Request,
+        samples: Sequence[SampleOutput],
+        prefills: Sequence[EngineView],
+        decodes: Sequence[EngineView],
+        wanted: Wanted,
+    ) -> Attempt:
+        """Choose engines for `samples`. Raises Overloaded where their first token would be too late."""
+        placement = place(prefills, decodes, self._policy, next(self._placements), wanted, self._linked())
+        ttft_s, fetch = predicted_ttfts(prefills, wanted)[placement.prefill]
+        self._refuse_late(request, next(one for one in prefills if one.engine == placement.prefill), ttft_s)
+        cached = Cached(self.engines.layout(fetch.holder), fetch.tokens) if fetch.holder else None
+        return request.attempt(samples, placement, wanted.uncached(placement.prefill), fetch.holder, cached)
+
+    async def _reserve(self, request: Request, attempt: Attempt, lacking: int, *, early: bool) -> Granted | Busy:
+        """Ask decode, which lacks so many tokens, and prefill: once decode has granted or, `early`, at once.
+
+        Raises what either failed with.
+        """
+        prefill, decode = attempt.placement
+        self.engines.place(decode, attempt.reserve(self.engines.layout(prefill), request.remaining_s), lacking)
+        if early:
+            self._prefill(request, attempt)
+        reply = await attempt.reply
+        if isinstance(reply, Granted) and request.has(attempt.number):  # else lost since: others go on already
+            if not early:
+                self._prefill(request, attempt)
+            self.engines.send(prefill, attempt.send_to(reply.ticket))
+        elif early:
+            self._cancel(attempt)
+        if isinstance(reply, Failed):
+            raise error_of(reply)
+        return reply
 
     def _wanted(self, request: Request, sample: SampleOutput) -> Wanted:
         token_ids = request.tokens_of(sample)
@@ -260,9 +279,7 @@ class Dispatcher:
 
     def _prefill(self, request: Request, attempt: Attempt) -> None:
         self._links[attempt.placement] = time.monotonic()
-        fetch = attempt.fetch
-        cached = Cached(self.engines.layout(fetch.holder), fetch.tokens) if fetch.holder else None
-        self.engines.place(attempt.placement.prefill, attempt.prefill(request.remaining_s, cached), attempt.uncached)
+        self.engines.place(attempt.placement.prefill, attempt.prefill(request.remaining_s), attempt.uncached)
 
     def _cancel(self, attempt: Attempt, sample: int | None = None) -> None:
         for engine in set(attempt.placement):
@@ -314,7 +331,7 @@ class Dispatcher:
             request = self._requests.get(message.request_id)
             if request is not None and request.has(message.attempt):
                 attempt = request.get(message.attempt)
-                self.engines.send(attempt.fetch.holder, attempt.send_prefix(message.ticket))
+                self.engines.send(attempt.holder, attempt.send_prefix(message.ticket))
         elif isinstance(message, Granted | Busy | FirstToken | Joined | Failed):
             request = self._requests.get(message.request_id)
             if request is None or not request.has(message.attempt):

@@ -10,13 +10,13 @@ from functools import partial
 from typing import NamedTuple
 
 from splitserve.cluster.errors import SplitserveError
-from splitserve.cluster.messages import Busy, Failed, FirstToken, Granted, Joined, SampleToken, TokenLogprobs
+from splitserve.cluster.messages import Busy, Cached, Failed, FirstToken, Granted, Joined, SampleToken, TokenLogprobs
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.router.attempt import Attempt
 from splitserve.router.detokenizer import Detokenizer
 from splitserve.router.fair import Claimant
 from splitserve.router.output_buffer import Answered, Delta, OutputBuffer, SampleOutput
-from splitserve.router.policy import NO_FETCH, Fetch, Placement
+from splitserve.router.policy import Placement
 from splitserve.router.timeline import Timeline, Timings
 from splitserve.router.traces import RequestTrace
 
@@ -126,12 +126,19 @@ class Request:
         return self._token_ids + sample.token_ids
 
     def attempt(
-        self, samples: Sequence[SampleOutput], placement: Placement, uncached: int, fetch: Fetch = NO_FETCH
+        self,
+        samples: Sequence[SampleOutput],
+        placement: Placement,
+        uncached: int,
+        holder: str = "",
+        cached: Cached | None = None,
     ) -> Attempt:
         """Go to engines with `samples`, for what they do not have yet; prefill has to compute `uncached` tokens."""
         self._last_attempt += 1
         params = self._params if self._cached_tokens is None else replace(self._params, prompt_logprobs=None)
-        attempt = Attempt(self.id, self._last_attempt, placement, samples, self._token_ids, params, uncached, fetch)
+        attempt = Attempt(
+            self.id, self._last_attempt, placement, samples, self._token_ids, params, uncached, holder, cached
+        )
         self._attempts[attempt.number] = attempt
         self.placement = placement
         return attempt
