@@ -302,11 +302,12 @@ class SendOutlet:
 
     def poll(self) -> list[Delivered]:
         delivered = []
-        self._traffic |= dict(self._ranks.poll(SendTraffic))
-        for rank, report in self._ranks.poll(SendOver):
-            if report.transfer_id not in self._transfers:
+        for rank, report in self._ranks.poll(SendTraffic, SendOver):
+            if isinstance(report, SendTraffic):
+                self._traffic[rank] = report
+            elif report.transfer_id not in self._transfers:
                 continue
-            if report.error is not None:
+            elif report.error is not None:
                 self.abort(report.transfer_id, report.error)
                 delivered.append(Delivered(report.transfer_id, report.error))
             elif self._agreement.add(report.transfer_id, rank):
