@@ -66,6 +66,7 @@ NO_WORKER_RETRY_S = 0.1
 
 ExportTrace = Callable[[RequestTrace, str | None], None]
 Write = Callable[[Chunk], Awaitable[None]]
+FromEngine = SampleToken | Granted | Busy | FirstToken | Joined | Failed | FetchPrefix
 
 
 class Dispatcher:
@@ -327,21 +328,19 @@ class Dispatcher:
                     self._refuse(engine, token)
                 else:
                     request.accept_token(token, now)
-        elif isinstance(message, FetchPrefix):
-            request = self._requests.get(message.request_id)
-            if request is not None and request.has(message.attempt):
-                attempt = request.get(message.attempt)
-                self.engines.send(attempt.holder, attempt.send_prefix(message.ticket))
-        elif isinstance(message, Granted | Busy | FirstToken | Joined | Failed):
+        elif isinstance(message, Granted | Busy | FirstToken | Joined | Failed | FetchPrefix):
             request = self._requests.get(message.request_id)
             if request is None or not request.has(message.attempt):
                 self._refuse(engine, message)
+            elif isinstance(message, FetchPrefix):
+                attempt = request.get(message.attempt)
+                self.engines.send(attempt.holder, attempt.send_prefix(message.ticket))
             elif lost := request.accept(message):
                 self._go_on(request, lost, "failed", getattr(message, "message", ""))
         else:
             log.warning("unexpected message", extra={"engine": engine, "message_type": type(message).__name__})
 
-    def _refuse(self, engine: str, message: SampleToken | Granted | Busy | FirstToken | Joined | Failed) -> None:
+    def _refuse(self, engine: str, message: FromEngine) -> None:
         """Of an attempt that is over, or lost: if its engine goes on with it, it shall not."""
         if isinstance(message, SampleToken | Granted):
             self.engines.send(engine, Cancel(message.request_id, message.attempt))
