@@ -101,7 +101,8 @@ class KvReceiver:
             self._take(arrival)
         now = self._clock()
         for reception in list(self._receptions.values()):
-            self._end_landings(reception)
+            for landing in list(reception.landings.values()):
+                self._end_landing(reception, landing)
             if now >= reception.expires and reception.lifecycle.awaits_sender:
                 self._abort(reception, f"no KV came for a lease of {reception.incoming.lease_s:g} s")
             if reception.lifecycle.is_over and (not reception.writers or now >= reception.expires):
@@ -182,23 +183,23 @@ class KvReceiver:
             return
         region = KvRegion(frame.layers, share.piece.target_heads, frame.tokens)
         move = self._mover.unpack(reception.table, region, payload, after=reception.mark)
-        reception.landings[frame.source_rank, frame.sequence] = Landing(frame, share, arrival.peer, move)
-        self._end_landings(reception)
+        landing = Landing(frame, share, arrival.peer, move)
+        reception.landings[frame.source_rank, frame.sequence] = landing
+        self._end_landing(reception, landing)
 
-    def _end_landings(self, reception: Reception) -> None:
-        """Check and acknowledge what has been written."""
-        for key, landing in list(reception.landings.items()):
-            if (total := landing.move.total()) is None:
-                continue
-            del reception.landings[key]
-            frame = landing.frame
-            if bind(total, frame.identity(), landing.share.size(frame)) != frame.checksum:
-                self._answer(landing.peer, frame, KvNack)
-                continue
-            landing.share.mark(frame)
-            self._renew(reception)
-            self._answer(landing.peer, frame, KvAck)
-            self._settle(reception)
+    def _end_landing(self, reception: Reception, landing: Landing) -> None:
+        """Check and acknowledge a frame, if all of it is written."""
+        if (total := landing.move.total()) is None:
+            return
+        frame = landing.frame
+        del reception.landings[frame.source_rank, frame.sequence]
+        if bind(total, frame.identity(), landing.share.size(frame)) != frame.checksum:
+            self._answer(landing.peer, frame, KvNack)
+            return
+        landing.share.mark(frame)
+        self._renew(reception)
+        self._answer(landing.peer, frame, KvAck)
+        self._settle(reception)
 
     def _on_drained(self, reception: Reception, message: KvDrained) -> None:
         reception.writers.discard(message.source_rank)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Literal
 
 from splitserve.cluster.channel import Socket
@@ -124,7 +125,7 @@ class KvSender:
                 for layer in layers:
                     if stop_token > outgoing.ready[layer]:
                         outgoing.ready[layer], outgoing.marks[layer] = stop_token, mark
-                        self._progress(outgoing)
+                self._progress(outgoing)
 
     def finish(self, transfer_id: str, hand_off: HandOff) -> None:
         """Hand over what decode goes on from. Rank 0 owes it for every transfer; other ranks have none."""
@@ -170,8 +171,7 @@ class KvSender:
         elif now >= outgoing.expires:
             raise TransferFailed(f"no progress for a lease of {outgoing.ticket.lease_s:g} s")
         else:
-            self._cut(outgoing, now)
-            for flight in list(outgoing.flights.values()):
+            for flight in chain(list(outgoing.flights.values()), self._cut(outgoing, now)):
                 if self._mover.passed(flight.written):
                     flight.written = None
                     if flight.move is None and now >= flight.due:
@@ -180,8 +180,8 @@ class KvSender:
             if now >= outgoing.beat_at:
                 self._beat(outgoing, now)
 
-    def _cut(self, outgoing: Outgoing, now: float) -> None:
-        """Make frames of all that is ready and finds a free slot."""
+    def _cut(self, outgoing: Outgoing, now: float) -> Iterator[Flight]:
+        """Make frames of all that is ready and finds a free slot, one when it is asked for: the first is on its way."""
         ticket = outgoing.ticket
         for lane in outgoing.lanes:
             while (region := lane.take(outgoing.ready)) is not None:
@@ -197,7 +197,9 @@ class KvSender:
                     offset=lane.free_slots.pop(0),
                     checksum=0,
                 )
-                outgoing.flights[frame.sequence] = Flight(frame, lane, now, outgoing.marks[frame.layers[1] - 1])
+                flight = Flight(frame, lane, now, outgoing.marks[frame.layers[1] - 1])
+                outgoing.flights[frame.sequence] = flight
+                yield flight
 
     def _pack(self, outgoing: Outgoing, flight: Flight) -> None:
         """Pack a frame, anew each time it is sent: the pages keep its content, so that no copy has to wait."""
@@ -229,14 +231,14 @@ class KvSender:
         self._progress(outgoing)
 
     def _beat(self, outgoing: Outgoing, now: float) -> None:
-        """Renew the lease at all targets, and send the hand-off until it is acknowledged."""
+        """Renew the lease at all targets: at the one that is owed the hand-off, by that, until it is acknowledged."""
         ticket = outgoing.ticket
         outgoing.beat_at = now + ticket.lease_s / TRIES_PER_LEASE
         for target in outgoing.targets(self._rank):
-            self._send(target, KvRenew(ticket.transfer_id, ticket.epoch, self._rank))
-        if outgoing.owes_hand_off and outgoing.hand_off is not None:
-            message = KvFinish(ticket.transfer_id, ticket.epoch, self._rank, outgoing.hand_off)
-            self._send(ticket.endpoints[0], message)
+            if target == ticket.endpoints[0] and outgoing.owes_hand_off and outgoing.hand_off is not None:
+                self._send(target, KvFinish(ticket.transfer_id, ticket.epoch, self._rank, outgoing.hand_off))
+            else:
+                self._send(target, KvRenew(ticket.transfer_id, ticket.epoch, self._rank))
 
     def _take_reply(self, header: bytes) -> None:
         try:
