@@ -22,7 +22,9 @@ from splitserve.kv_transfer.tcp import TcpSender
 
 logger = logging.getLogger(__name__)
 
-FRAMES = FrameSizes(16 << 20, 128 << 20)  # a frame costs both ends some half millisecond of host time
+# A frame costs both ends some half millisecond of host time, and within a host, where NCCL has 8 channels, it carries
+# what is no larger than 64 MiB by 4 of them.
+FRAMES = FrameSizes(65 << 20, 128 << 20)
 RETRY_S = 1.0, 30.0  # after a link has ended: at first, and at most
 
 
