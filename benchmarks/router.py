@@ -28,7 +28,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from benchmarks.rows import Figure, Row, write
 from splitserve.cluster.messages import Member, SampleToken
 from splitserve.cluster.topology import Topology
-from splitserve.router.fake_engine import Behaviour, FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
+from splitserve.router.fake_engine import Behaviour
 from splitserve.router.service import RouterService
 from splitserve.router.v1 import splitserve_pb2 as pb
 from splitserve.router.v1.splitserve_pb2_grpc import SplitServeStub

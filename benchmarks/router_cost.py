@@ -32,7 +32,8 @@ from splitserve.client import AsyncClient
 from splitserve.cluster.messages import Member
 from splitserve.cluster.topology import Topology
 from splitserve.models.resolve import resolve_model
-from splitserve.router.fake_engine import Behaviour, FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
+from splitserve.router.fake_engine import Behaviour
 from splitserve.router.service import RouterService
 from splitserve.router.v1.splitserve_pb2_grpc import SplitServeStub
 

@@ -51,6 +51,7 @@ from splitserve.kv_transfer.inlet import KvInlet
 from splitserve.kv_transfer.outlet import KvOutlet
 from splitserve.prefill_worker.fetcher import PrefixFetcher
 from splitserve.prefill_worker.prompt_request import PromptRequest
+from splitserve.prefill_worker.prompts import Prompts
 from splitserve.prefill_worker.scheduler import plan_chunks
 
 log = logging.getLogger(__name__)
@@ -99,9 +100,7 @@ class PrefillEngine:
         self._ranks, self._blocks, self._outlet, self._chooser = ranks, blocks, outlet, chooser
         self._limits, self._grammars, self._send, self._clock = limits, grammars, send, clock
         self._fetcher = None if prefixes is None else PrefixFetcher(prefixes, send, clock)
-        self._waiting: deque[PromptRequest] = deque()
-        self._running: list[PromptRequest] = []
-        self._sending: dict[str, PromptRequest] = {}
+        self._prompts = Prompts()
         self._under_way: deque[_Launched] = deque()
         self._batch_times = BatchTimes(clock)
         self._counts: Counter[str] = Counter()
@@ -146,19 +145,19 @@ class PrefillEngine:
 
     @property
     def idle(self) -> bool:
-        return not (self._waiting or self._running or self._sending or self._under_way)
+        return not (self._prompts or self._under_way)
 
     def forget(self, router: bytes) -> None:
-        for request in self._requests():
+        for request in self._prompts:
             if request.router == router:
                 self._drop(request, "the router's lease ended")
 
     def expire(self) -> None:
         now = self._clock()
-        for request in self._requests():
+        for request in self._prompts:
             if now - request.arrived > request.message.deadline_s:
                 self._fail(request, DeadlineExceeded("the deadline passed during prefill"))
-        unopened = [request for request in self._waiting if request.sequence.table is None]
+        unopened = [request for request in self._prompts.waiting if request.sequence.table is None]
         self._outlet.keep([request.ticket for request in unopened if request.ticket is not None])
 
     def stats(self) -> EngineStats:
@@ -168,8 +167,8 @@ class PrefillEngine:
             incarnation=self._incarnation,
             role="prefill",
             layout=self._layout,
-            running=len(self._running),
-            waiting=len(self._waiting),
+            running=len(self._prompts.running),
+            waiting=len(self._prompts.waiting),
             free_tokens=self._blocks.free_pages * self._blocks.page_size,
             total_tokens=self._blocks.num_pages * self._blocks.page_size,
             preemptions=0,
@@ -180,7 +179,7 @@ class PrefillEngine:
             transfers=traffic.transfers,
             links_up=traffic.links_up,
             speed=EngineSpeed(
-                self._to_compute(),
+                self._prompts.tokens,
                 self._limits.chunk_tokens,
                 *self._batch_times.line,
                 fetched_token_s=0.0 if self._fetcher is None else self._fetcher.token_s,
@@ -200,7 +199,7 @@ class PrefillEngine:
             self._send(router, Failed(item.request_id, item.attempt, error.code, str(error)))
             return
         sequence.constrain(self._grammars)
-        self._waiting.append(request)
+        self._prompts.waiting.append(request)
         self._fetch(request)
 
     def _fetch(self, request: PromptRequest) -> None:
@@ -212,64 +211,56 @@ class PrefillEngine:
         stop = min(message.cached.num_tokens, tokens - 1) // page_size * page_size
         lacking = stop - (tokens - request.uncached)
         if lacking > 0 and not self._fetcher.follow(request, stop) and self._open(request):
-            (batch_s, token_s), waiting = self._batch_times.line, self._to_compute()
+            (batch_s, token_s), waiting = self._batch_times.line, self._prompts.tokens
             compute_s = -(-waiting // self._limits.chunk_tokens) * batch_s + waiting * token_s
             self._fetcher.begin(request, stop, compute_s or UNKNOWN_PATIENCE_S)
 
     def _send_to(self, router: bytes, item: SendTo) -> None:
         transfer_id = transfer_id_of(item.request_id, item.attempt)
-        for request in self._requests():
-            found = request.transfer_id, request.router, request.ticket
-            if found == (transfer_id, router, None) and item.ticket.transfer_id == transfer_id:
-                request.ticket = item.ticket
-                if request.sequence.table is not None:
-                    self._outlet.send_to(item.ticket)
-                return
-        self._outlet.decline(item.ticket, "prefill has ended this request")
+        request = self._prompts.find(transfer_id) if item.ticket.transfer_id == transfer_id else None
+        if request is None or (request.router, request.ticket) != (router, None):
+            self._outlet.decline(item.ticket, "prefill has ended this request")
+            return
+        request.ticket = item.ticket
+        if request.sequence.table is not None:
+            self._outlet.send_to(item.ticket)
 
     def _check(self, item: Prefill) -> None:
         self._limits.model.check(item)
-        transfer_id = transfer_id_of(item.request_id, item.attempt)
-        if any(request.transfer_id == transfer_id for request in self._requests()):
+        if self._prompts.find(transfer_id_of(item.request_id, item.attempt)) is not None:
             raise InvalidRequest("request_id", item.request_id, "this attempt is under way already")
-        if len(self._waiting) + len(self._running) >= self._limits.max_requests:
+        if len(self._prompts.waiting) + len(self._prompts.running) >= self._limits.max_requests:
             raise Overloaded(f"{self._name} has {self._limits.max_requests} prompts already", 1.0)
 
     def _cancel(self, router: bytes, item: Cancel) -> None:
-        for request in self._requests():
-            message = request.message
-            mine = (message.request_id, message.attempt, request.router) == (item.request_id, item.attempt, router)
-            if mine and item.sample is None:
-                self._drop(request, "cancelled")
-
-    def _requests(self) -> list[PromptRequest]:
-        return [*self._waiting, *self._running, *self._sending.values()]
+        request = self._prompts.find(transfer_id_of(item.request_id, item.attempt))
+        if request is not None and request.router == router and item.sample is None:
+            self._drop(request, "cancelled")
 
     def _admit(self) -> None:
         """Take in no more prompts than the next step can compute: later ones may find prefixes that these leave."""
-        while self._pending_tokens() < self._limits.chunk_tokens:
+        while self._prompts.running_tokens < self._limits.chunk_tokens:
             request = self._next()
             if request is None:
                 return
             table = request.table
-            self._waiting.remove(request)
+            self._prompts.start(request)
             request.started = self._clock()
             request.sequence.computed_tokens = table.cached_tokens
             if request.message.params.prompt_logprobs is None:
                 self._counts["queried_tokens"] += len(request.message.token_ids)
                 self._counts["cached_tokens"] += table.cached_tokens
-            self._running.append(request)
 
     def _next(self) -> PromptRequest | None:
         """The first prompt that can begin. While it finds no pages, only those that have theirs go before it."""
         room = True
-        for request in [request for request in self._waiting if request.can_begin]:
+        for request in [request for request in self._prompts.waiting if request.can_begin]:
             if request.sequence.table is not None:
                 return request
             try:
                 room = room and self._open(request)
             except SplitserveError as error:
-                self._remove(request)
+                self._prompts.remove(request)
                 self._report(request, error)
                 continue
             if room:
@@ -281,14 +272,10 @@ class PrefillEngine:
         request.sequence.table = self._outlet.open(request.message, request.ticket)
         return request.sequence.table is not None
 
-    def _to_compute(self) -> int:
-        """Prompt tokens of all that wait and run, less what was cached of them when they came."""
-        return self._pending_tokens() + sum(request.uncached for request in self._waiting)
-
     def _without_mask(self) -> list[GrammarState]:
         """Of prompts that wait for the mask of their first token; those that will have none fail."""
         late = []
-        for request in list(self._waiting):
+        for request in list(self._prompts.waiting):
             if (grammar := request.missing_mask) is None:
                 continue
             if grammar.error:
@@ -297,12 +284,10 @@ class PrefillEngine:
                 late.append(grammar)
         return late
 
-    def _pending_tokens(self) -> int:
-        return sum(request.sequence.pending_tokens for request in self._running)
-
     def _next_chunks(self) -> list[tuple[PromptRequest, int]]:
-        sizes = plan_chunks([request.sequence.pending_tokens for request in self._running], self._limits.chunk_tokens)
-        return [(request, size) for request, size in zip(self._running, sizes, strict=True) if size]
+        running = self._prompts.running
+        sizes = plan_chunks([request.sequence.pending_tokens for request in running], self._limits.chunk_tokens)
+        return [(request, size) for request, size in zip(running, sizes, strict=True) if size]
 
     def _launch(self, chunks: list[tuple[PromptRequest, int]]) -> _Launched:
         """Compute `chunks` and choose the first tokens of the prompts that end with them."""
@@ -332,24 +317,22 @@ class PrefillEngine:
         self._batch_times.ended(launched.prompt_tokens, launched.began)
         for request, samples in launched.prompts:
             tokens = [(sample, next(chosen)) for sample in samples]
-            if request not in self._running:
+            if request not in self._prompts.running:
                 continue  # dropped while it was under way
             taken = [sample.take(token.token_id, token.logprobs) for sample, token in tokens if token is not None]
             if len(taken) < len(tokens):
                 self._fail(request, ModelFailure("the model's logits are not finite"))
                 continue
             self._counts["output_tokens"] += len(taken)
-            self._running.remove(request)
-            self._sending[request.transfer_id] = request
+            self._prompts.computed(request)
             self._send(request.router, request.first_token(tuple(taken), self._clock()))
             self._outlet.finish(request.transfer_id, HandOff(tuple(token.token_id for token in taken)))
 
     def _settle_transfers(self) -> None:
         for delivered in self._outlet.poll():
-            for request in self._requests():
-                if request.transfer_id != delivered.transfer_id:
-                    continue
-                self._remove(request)
+            request = self._prompts.find(delivered.transfer_id)
+            if request is not None:
+                self._prompts.remove(request)
                 if delivered.error is not None:
                     self._report(request, WorkerUnavailable(delivered.error))
 
@@ -377,11 +360,4 @@ class PrefillEngine:
             self._outlet.abort(request.transfer_id, reason)
         elif request.ticket is not None:
             self._outlet.decline(request.ticket, reason)
-        self._remove(request)
-
-    def _remove(self, request: PromptRequest) -> None:
-        if request in self._waiting:
-            self._waiting.remove(request)
-        if request in self._running:
-            self._running.remove(request)
-        self._sending.pop(request.transfer_id, None)
+        self._prompts.remove(request)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from splitserve.client import AsyncClient, Client, SplitserveClientError
-from splitserve.router.fake_engine import Behaviour, FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
+from splitserve.router.fake_engine import Behaviour
 from splitserve.router.service import RouterService
 from tests.router.routers import MODEL, engines_ready, eventually, model_folder, running_router, tokenizer, topology
 

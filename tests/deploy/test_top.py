@@ -23,7 +23,8 @@ from splitserve.client import ClusterStatus, Engine, Latency
 from splitserve.deploy.cli import main
 from splitserve.deploy.commands.connection import Credentials
 from splitserve.deploy.top import Look, Watch, frame
-from splitserve.router.fake_engine import Behaviour, FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
+from splitserve.router.fake_engine import Behaviour
 from splitserve.router.service import RouterService
 from tests.router.routers import free_port, running_router
 

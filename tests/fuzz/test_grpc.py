@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitserve.router.fake_engine import FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
 from splitserve.router.v1 import splitserve_pb2 as pb
 from tests.fuzz.mutate import bounded, corpus, fuzz, mutated, seeds
 from tests.router.routers import running_router

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitserve.router import http_body, http_protocol
-from splitserve.router.fake_engine import Behaviour, FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
+from splitserve.router.fake_engine import Behaviour
 from tests.fuzz.mutate import bounded, changed, corpus, fuzz, mutated, seeds
 from tests.router.routers import running_router
 

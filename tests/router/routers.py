@@ -15,7 +15,7 @@ from typing import Any
 from splitserve.client import AsyncClient
 from splitserve.cluster.channel import CurveKeys
 from splitserve.cluster.topology import Topology
-from splitserve.router.fake_engine import FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
 from splitserve.router.service import RouterService
 from splitserve.router.tokenizer import Tokenizer
 from tests.router.tiny_tokenizers import write_folder

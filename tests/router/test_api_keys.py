@@ -16,7 +16,8 @@ from openai import AsyncOpenAI
 
 from splitserve.client import AsyncClient, SplitserveClientError
 from splitserve.cluster.api_key_file import add_api_key
-from splitserve.router.fake_engine import Behaviour, FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
+from splitserve.router.fake_engine import Behaviour
 from splitserve.router.service import RouterService
 from tests.router.routers import MODEL, nothing_left, running_router
 

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from splitserve.client import AsyncClient, SplitserveClientError
-from splitserve.router.fake_engine import FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
 from splitserve.router.v1 import splitserve_pb2 as pb
 from tests.router.routers import CONTEXT, running_router, tokenizer
 

@@ -18,7 +18,7 @@ from splitserve.cluster.errors import InvalidRequest
 from splitserve.cluster.messages import Prefill
 from splitserve.models.grammar import GrammarCompiler
 from splitserve.router.constraint import MAX_CHARACTERS, REMEMBERED, Constraint, GrammarChecker
-from splitserve.router.fake_engine import FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
 from splitserve.router.openai_constraints import constraint_of
 from tests.router.routers import MODEL, model_folder, running_router, tokenizer
 

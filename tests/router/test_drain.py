@@ -11,7 +11,8 @@ import pytest
 from openai.types import Completion
 
 from splitserve.client import AsyncClient, SplitserveClientError
-from splitserve.router.fake_engine import Behaviour, FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
+from splitserve.router.fake_engine import Behaviour
 from splitserve.router.service import RouterService
 from tests.router.routers import MODEL, eventually, nothing_left, running_router
 from tests.router.test_service import echo

@@ -9,7 +9,8 @@ import pytest
 
 from splitserve.client import SplitserveClientError
 from splitserve.cluster.messages import Busy, Granted, Prefill, Reserve, SendTo
-from splitserve.router.fake_engine import Behaviour, FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
+from splitserve.router.fake_engine import Behaviour
 from splitserve.router.service import RouterService
 from tests.router.routers import eventually, nothing_left, running_router
 from tests.router.test_service import echo

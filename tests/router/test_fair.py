@@ -11,7 +11,8 @@ import pytest
 from splitserve.client import SplitserveClientError
 from splitserve.cluster.messages import EngineSpeed
 from splitserve.router.fair import Claimant, FairSemaphore
-from splitserve.router.fake_engine import Behaviour, FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
+from splitserve.router.fake_engine import Behaviour
 from tests.router.routers import eventually, running_router
 
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from splitserve.cluster.messages import EngineSpeed, FetchPrefix
-from splitserve.router.fake_engine import Behaviour, FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
+from splitserve.router.fake_engine import Behaviour
 from tests.router.routers import nothing_left, running_router
 from tests.router.test_service import echo
 

@@ -12,7 +12,8 @@ import pytest
 
 from splitserve.client import AsyncClient, SplitserveClientError
 from splitserve.cluster.messages import Granted, SendTo
-from splitserve.router.fake_engine import Behaviour, FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
+from splitserve.router.fake_engine import Behaviour
 from splitserve.router.request import MOST_LOSSES
 from splitserve.router.service import RouterService
 from splitserve.router.v1 import splitserve_pb2 as pb

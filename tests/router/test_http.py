@@ -11,7 +11,8 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from splitserve.cluster.errors import StartupError
-from splitserve.router.fake_engine import Behaviour, FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
+from splitserve.router.fake_engine import Behaviour
 from splitserve.router.service import RouterService
 from tests.router.routers import (
     CONTEXT,

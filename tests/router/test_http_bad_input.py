@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from splitserve.router import http_body
-from splitserve.router.fake_engine import Behaviour, FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
+from splitserve.router.fake_engine import Behaviour
 from splitserve.router.service import RouterService
 from tests.router.routers import CONTEXT, MODEL, eventually, nothing_left, running_router, tokenizer
 

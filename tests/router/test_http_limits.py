@@ -13,7 +13,8 @@ import grpc
 import pytest
 
 from splitserve.router import http_protocol
-from splitserve.router.fake_engine import Behaviour, FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
+from splitserve.router.fake_engine import Behaviour
 from splitserve.router.http_protocol import MAX_HEAD_BYTES, MAX_HEADERS, MAX_MESSAGE_BYTES
 from splitserve.router.service import RouterService
 from tests.router.routers import running_router

@@ -18,7 +18,8 @@ from prometheus_client.registry import Collector
 
 from splitserve.client import AsyncClient, SplitserveClientError
 from splitserve.cluster.errors import SplitserveError
-from splitserve.router.fake_engine import Behaviour, FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
+from splitserve.router.fake_engine import Behaviour
 from splitserve.router.metrics import TOKEN_SECONDS, LeanHistogram, outcome
 from splitserve.router.service import RouterService
 from tests.router.routers import MODEL, eventually, running_router

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from splitserve.router.admission import Admission
-from splitserve.router.fake_engine import FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
 from splitserve.router.metrics import RouterMetrics
 from tests.router.routers import running_router
 from tests.router.test_metrics import scrape

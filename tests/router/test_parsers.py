@@ -16,7 +16,7 @@ from splitserve.cluster.errors import InvalidRequest
 from splitserve.cluster.topology_sections import Model
 from splitserve.models.grammar import GrammarCompiler
 from splitserve.router.constraint import GrammarChecker
-from splitserve.router.fake_engine import FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
 from splitserve.router.openai_tools import calls_of, tools_of
 from splitserve.router.parsers import deepseek, hermes
 from splitserve.router.parsers.families import TOOLS, Family

@@ -14,7 +14,8 @@ from splitserve.client import AsyncClient, SplitserveClientError
 from splitserve.cluster.channel import CurveKeys
 from splitserve.cluster.errors import StartupError
 from splitserve.cluster.sampling import SamplingParams
-from splitserve.router.fake_engine import Behaviour, FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
+from splitserve.router.fake_engine import Behaviour
 from splitserve.router.request import Chunk
 from splitserve.router.service import RouterService
 from splitserve.router.tenants import Tenants

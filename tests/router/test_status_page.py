@@ -18,7 +18,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from splitserve.router import status_page
-from splitserve.router.fake_engine import Behaviour, FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
+from splitserve.router.fake_engine import Behaviour
 from splitserve.router.http_server import HttpServer
 from splitserve.router.service import RouterService
 from splitserve.router.status_page import HEADERS, PAGE

@@ -20,7 +20,7 @@ from splitserve.client import AsyncClient, SplitserveClientError
 from splitserve.cluster.errors import StartupError
 from splitserve.cluster.topology_sections import Security, Tls
 from splitserve.deploy.preflight import check_security
-from splitserve.router.fake_engine import FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
 from splitserve.router.service import RouterService
 from tests.router.routers import running_router
 

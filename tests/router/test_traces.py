@@ -15,7 +15,8 @@ import pytest
 
 from splitserve.client import SplitserveClientError
 from splitserve.deploy.cli import main
-from splitserve.router.fake_engine import Behaviour, FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
+from splitserve.router.fake_engine import Behaviour
 from splitserve.router.timeline import Span, Timings
 from splitserve.router.traces import MOST_TRACES, Latency, RecentRequests, RequestTrace, chrome_trace
 from tests.router.routers import eventually, running_router

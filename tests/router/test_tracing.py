@@ -25,7 +25,8 @@ from pydantic import ValidationError
 from splitserve.client import AsyncClient
 from splitserve.cluster.errors import StartupError
 from splitserve.cluster.topology_sections import Tracing
-from splitserve.router.fake_engine import Behaviour, FakeCluster
+from splitserve.router.fake_cluster import FakeCluster
+from splitserve.router.fake_engine import Behaviour
 from splitserve.router.service import RouterService
 from splitserve.router.timeline import Span
 from splitserve.router.traces import RequestTrace
