@@ -134,6 +134,13 @@ class Outgoing:
         return tuple(dict.fromkeys((*first, *(lane.target for lane in self.lanes))))
 
     @property
+    def has_more_to_send(self) -> bool:
+        """Whether frames for target rank 0 are still to leave."""
+        uncut = any(not lane.is_cut for lane in self.lanes if lane.piece.target_rank == 0)
+        flights = [flight for flight in self.flights.values() if flight.lane.piece.target_rank == 0]
+        return uncut or any(flight.written is not None or flight.move is not None for flight in flights)
+
+    @property
     def is_packing(self) -> bool:
         """Whether this rank may still write to the window, once it has looked for moves that are done."""
         return any(flight.move is not None and flight.move.total() is None for flight in self.flights.values())

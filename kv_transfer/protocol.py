@@ -4,7 +4,7 @@
       | KvFrame + payload (some layers, some tokens) -->|   written into the sender's share of the window
       |<--------------------------------- KvAck | KvNack |   in the pages: the slot is free again | send it again
       | KvRenew ---------------------------------------->|   nothing to send yet, and still at it
-      | KvFinish(hand-off) ----------------------------->|   rank 0 to rank 0
+      | KvFinish(hand-off) ----------------------------->|   rank 0 to rank 0, where no frame could carry it
       |<---------------------- KvAck(HAND_OFF_SEQUENCE) -|
       |<----------------------------------------- KvGone |   that epoch is not live: stop
       | KvDrained -------------------------------------->|   this rank writes the window no more
@@ -34,7 +34,7 @@ class KvFrame:
     """Header of a payload [layers, planes, heads, tokens, head_dim] that lies at `offset` of the target's staging.
 
     `layers` and `tokens` are [start, stop); heads are those of the piece between the two ranks. `sequence` numbers
-    the frames of a source rank in a transfer, from 1.
+    the frames of a source rank in a transfer, from 1. From rank 0 to rank 0 it carries the hand-off, if that is known.
     """
 
     transfer_id: str
@@ -46,9 +46,10 @@ class KvFrame:
     tokens: tuple[int, int]
     offset: int
     checksum: int
+    hand_off: HandOff | None = None
 
     def identity(self) -> bytes:
-        """All of the header but the checksum itself."""
+        """Which part of which transfer this is, and where it lies."""
         where = (self.source_rank, self.target_rank, self.sequence, self.layers, self.tokens, self.offset)
         return f"{self.transfer_id} {self.epoch} {where}".encode()
 
@@ -84,9 +85,12 @@ class KvDrained:
 @message
 @dataclass(frozen=True)
 class KvAck:
+    """`hand_off`: that is here, too."""
+
     transfer_id: str
     epoch: int
     sequence: int
+    hand_off: bool
 
 
 @message

@@ -159,16 +159,20 @@ class KvReceiver:
                 self._renew(reception)
             case KvFrame():
                 share = reception.shares.get(message.source_rank)
-                if share is None or message.target_rank != self._rank or not share.admits(message):
+                misplaced = message.target_rank != self._rank or (
+                    message.hand_off and not self._takes_hand_off(message)
+                )
+                if share is None or misplaced or not share.admits(message):
                     self.rejected += 1
                     return
+                reception.hand_off = message.hand_off or reception.hand_off
                 if share.has(message):
-                    self._answer(arrival.peer, message, KvAck)
+                    self._acknowledge(reception, arrival.peer, message.sequence)
                 elif (message.source_rank, message.sequence) not in reception.landings:
                     self._land(reception, share, message, arrival)
-            case KvFinish() if self._rank == 0 and message.source_rank == 0:
+            case KvFinish() if self._takes_hand_off(message):
                 reception.hand_off = message.hand_off
-                self._send(arrival.peer, KvAck(message.transfer_id, message.epoch, HAND_OFF_SEQUENCE))
+                self._acknowledge(reception, arrival.peer, HAND_OFF_SEQUENCE)
                 self._renew(reception)
             case KvFinish():
                 self.rejected += 1
@@ -179,7 +183,7 @@ class KvReceiver:
         try:
             payload = self._transport.take(arrival, frame.offset, share.size(frame))
         except TransferFailed:
-            self._answer(arrival.peer, frame, KvNack)
+            self._ask_again(arrival.peer, frame)
             return
         region = KvRegion(frame.layers, share.piece.target_heads, frame.tokens)
         move = self._mover.unpack(reception.table, region, payload, after=reception.mark)
@@ -194,11 +198,11 @@ class KvReceiver:
         frame = landing.frame
         del reception.landings[frame.source_rank, frame.sequence]
         if bind(total, frame.identity(), landing.share.size(frame)) != frame.checksum:
-            self._answer(landing.peer, frame, KvNack)
+            self._ask_again(landing.peer, frame)
             return
         landing.share.mark(frame)
         self._renew(reception)
-        self._answer(landing.peer, frame, KvAck)
+        self._acknowledge(reception, landing.peer, frame.sequence)
         self._settle(reception)
 
     def _on_drained(self, reception: Reception, message: KvDrained) -> None:
@@ -239,14 +243,21 @@ class KvReceiver:
     def _put_off(self, peer: bytes, message: FromSender) -> None:
         """The sender has its ticket before this rank has heard of it from its leader: a frame is to come again."""
         if isinstance(message, KvFrame):
-            self._answer(peer, message, KvNack)
+            self._ask_again(peer, message)
 
     def _refuse(self, peer: bytes, message: FromSender, reason: str) -> None:
         if not isinstance(message, KvDrained):
             self._send(peer, KvGone(message.transfer_id, message.epoch, reason))
 
-    def _answer(self, peer: bytes, frame: KvFrame, answer: type[KvAck | KvNack]) -> None:
-        self._send(peer, answer(frame.transfer_id, frame.epoch, frame.sequence))
+    def _takes_hand_off(self, message: KvFrame | KvFinish) -> bool:
+        return self._rank == 0 and message.source_rank == 0
+
+    def _acknowledge(self, reception: Reception, peer: bytes, sequence: int) -> None:
+        incoming = reception.incoming
+        self._send(peer, KvAck(incoming.transfer_id, incoming.epoch, sequence, reception.hand_off is not None))
+
+    def _ask_again(self, peer: bytes, frame: KvFrame) -> None:
+        self._send(peer, KvNack(frame.transfer_id, frame.epoch, frame.sequence))
 
     def _send(self, peer: bytes, message: FromReceiver) -> None:
         self._transport.send(peer, seal(message))

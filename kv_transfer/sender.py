@@ -16,7 +16,6 @@ from splitserve.kv_transfer.checksum import bind
 from splitserve.kv_transfer.mover import Mark, Mover
 from splitserve.kv_transfer.outgoing import Flight, Outgoing, build_lanes
 from splitserve.kv_transfer.protocol import (
-    HAND_OFF_SEQUENCE,
     FromSender,
     KvAck,
     KvDrained,
@@ -95,7 +94,7 @@ class KvSender:
             marks=[None] * self._mover.cache.layout.num_layers,
             owes_hand_off=self._rank == 0,
             expires=now + ticket.lease_s,
-            beat_at=now,
+            beat_at=now + ticket.lease_s / TRIES_PER_LEASE,
         )
         for target in outgoing.targets(self._rank):
             self._transport.connect(target)
@@ -128,11 +127,15 @@ class KvSender:
                 self._progress(outgoing)
 
     def finish(self, transfer_id: str, hand_off: HandOff) -> None:
-        """Hand over what decode goes on from. Rank 0 owes it for every transfer; other ranks have none."""
+        """Hand over what decode goes on from. Rank 0 owes it for every transfer; other ranks have none.
+
+        It travels with frames where some are still to leave: all of a small prompt is one message.
+        """
         outgoing = self._outgoing.get(transfer_id)
         if outgoing is not None:
             outgoing.hand_off = hand_off
-            outgoing.beat_at = self._clock()
+            if not outgoing.has_more_to_send:
+                outgoing.beat_at = self._clock()
             self._progress(outgoing)
 
     def abort(self, transfer_id: str, reason: str) -> None:
@@ -221,7 +224,9 @@ class KvSender:
         if flight.landed:
             self._land(outgoing, flight)
             return
-        frame = replace(flight.frame, checksum=bind(total, flight.frame.identity(), payload.numel()))
+        checksum = bind(total, flight.frame.identity(), payload.numel())
+        hand_off = outgoing.hand_off if outgoing.owes_hand_off and flight.lane.piece.target_rank == 0 else None
+        frame = replace(flight.frame, checksum=checksum, hand_off=hand_off)
         self._transport.send(flight.lane.target, seal(frame), payload, frame.offset)
 
     def _land(self, outgoing: Outgoing, flight: Flight) -> None:
@@ -257,13 +262,17 @@ class KvSender:
                 self._fail(outgoing, reply.reason)
             case KvNack() if reply.sequence in outgoing.flights:
                 outgoing.flights[reply.sequence].due = self._clock()
-            case KvAck(sequence=sequence) if sequence == HAND_OFF_SEQUENCE:
-                outgoing.owes_hand_off = False
-                self._progress(outgoing)
-            case KvAck() if (flight := outgoing.flights.get(reply.sequence)) is not None:
-                flight.landed = True
-                if flight.move is None:
-                    self._land(outgoing, flight)
+            case KvAck():
+                self._on_acknowledged(outgoing, reply)
+
+    def _on_acknowledged(self, outgoing: Outgoing, reply: KvAck) -> None:
+        if reply.hand_off and outgoing.owes_hand_off:
+            outgoing.owes_hand_off = False
+            self._progress(outgoing)
+        if (flight := outgoing.flights.get(reply.sequence)) is not None:
+            flight.landed = True
+            if flight.move is None:
+                self._land(outgoing, flight)
 
     def _stop(self, outgoing: Outgoing, reason: str, how: Literal["cancelled", "failed"]) -> None:
         self._outgoing.pop(outgoing.ticket.transfer_id, None)

@@ -27,6 +27,7 @@ from splitserve.kv_transfer.protocol import (
     Sent,
     Verified,
     seal,
+    unseal,
 )
 from splitserve.kv_transfer.staging import EpochSource, Window
 from tests.kv_transfer.ranks import (
@@ -232,7 +233,7 @@ def test_a_slot_is_not_filled_anew_while_it_is_being_packed() -> None:
     (lane,) = sender._outgoing["r/0"].lanes
     (flight,) = sender._outgoing["r/0"].flights.values()
     slots = len(lane.free_slots)
-    pair.network.post("source/0", "target/0", seal(KvAck("r/0", ticket.epoch, flight.frame.sequence)))
+    pair.network.post("source/0", "target/0", seal(KvAck("r/0", ticket.epoch, flight.frame.sequence, hand_off=False)))
     sender.pump()
     assert len(lane.free_slots) == slots
     while pair.devices[0].busy:
@@ -419,9 +420,9 @@ def wild_header(rng: random.Random, epoch: int) -> bytes:
     layers, tokens = (three, four), (five, six)
     name, live = rng.choice(["r/0", "x/0"]), rng.choice([epoch, seven])
     choices = [
-        seal(KvFrame(name, live, source, target, nine, layers, tokens, eight, one)),
+        seal(KvFrame(name, live, source, target, nine, layers, tokens, eight, one, rng.choice([None, HAND_OFF]))),
         seal(KvRenew(name, live, source)),
-        seal(KvAck(name, live, two)),
+        seal(KvAck(name, live, two, hand_off=bool(two))),
         rng.randbytes(rng.randint(0, 300)),
     ]
     return rng.choice(choices)
@@ -445,7 +446,53 @@ def test_headers_at_random_never_raise_and_never_write() -> None:
 def test_a_hand_off_from_another_rank_is_refused() -> None:
     pair = Pair(layout(2), layout(1))
     ticket = pair.open("r/0", list(range(6)), 0, 23, WINDOW)
-    header = seal(KvFinish("r/0", ticket.epoch, 1, HAND_OFF))
-    pair.network.post("target/0", "wild", header)
+    pair.network.post("target/0", "wild", seal(KvFinish("r/0", ticket.epoch, 1, HAND_OFF)))
+    frame = KvFrame("r/0", ticket.epoch, 1, 0, 1, (0, 1), (0, 1), 2048, 0, HAND_OFF)
+    pair.network.post("target/0", "wild", seal(frame), bytes(64))
     pair.receivers[0].poll()
-    assert pair.receivers[0].rejected == 1
+    assert pair.receivers[0].rejected == 2
+    assert pair.receivers[0]._receptions["r/0"].hand_off is None
+
+
+def messages_to_target(pair: Pair) -> list[object]:
+    """Those that are on their way."""
+    parcels = pair.network.collect("target/0", 100)
+    return [unseal(parcel.header) for parcel in parcels]
+
+
+def test_all_of_a_small_prompt_is_one_message() -> None:
+    pair = Pair(layout(1), layout(1))
+    ticket = pair.open("r/0", [0], 0, 2, WINDOW)
+    pair.begin(ticket, [0], dense_kv(pair.source, 2))
+    pair.all_ready(ticket)
+    pair.senders[0].pump()
+    (frame,) = messages_to_target(pair)
+    assert isinstance(frame, KvFrame)
+    assert (frame.layers, frame.tokens, frame.hand_off) == ((0, 3), (0, 2), HAND_OFF)
+
+
+def test_a_first_token_that_is_known_late_follows_alone_and_at_once() -> None:
+    pair, _ = started()
+    sender = pair.senders[0]
+    sender.ready([("r/0", 23)], range(3))
+    for _ in range(20):
+        pair.step()
+    sender.finish("r/0", HAND_OFF)
+    sender.pump()
+    assert messages_to_target(pair) == [KvFinish("r/0", sender._outgoing["r/0"].ticket.epoch, 0, HAND_OFF)]
+
+
+def test_a_frame_that_carried_no_hand_off_acknowledges_none() -> None:
+    """It was sent again with the hand-off, which is lost; the acknowledgement is the first one's."""
+    pair, ticket = started()
+    sender = pair.senders[0]
+    sender.ready([("r/0", 23)], range(3))
+    for _ in range(20):
+        pair.step()
+    sender.finish("r/0", HAND_OFF)
+    sender.pump()
+    messages_to_target(pair)
+    pair.network.post("source/0", "target/0", seal(KvAck("r/0", ticket.epoch, 1, hand_off=False)))
+    sender.pump()
+    assert sender.active == ("r/0",)
+    assert run(pair)[1] == [[Verified("r/0", HAND_OFF)]], "it comes again"
