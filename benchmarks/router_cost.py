@@ -25,6 +25,7 @@ from statistics import median
 from typing import Literal
 
 import grpc
+import uvloop
 
 from benchmarks.router import child, cpu_s, engines_ready
 from benchmarks.rows import Figure, Row, write
@@ -205,7 +206,7 @@ def _run_router(connection: Connection, members: list[Member], settings: dict[st
         await asyncio.to_thread(connection.recv)
         await service.stop()
 
-    asyncio.run(serve())
+    uvloop.run(serve())  # as Ray runs routers
 
 
 def _run_backend(connection: Connection, pace_s: float) -> None:

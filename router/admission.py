@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 
 from splitserve.cluster.errors import Overloaded
 from splitserve.router.fair import Claimant, FairSemaphore
@@ -30,16 +30,16 @@ class Admission:
     @asynccontextmanager
     async def admit(self, claimant: Claimant) -> AsyncIterator[None]:
         """Hold one of the places, after waiting for it if need be. Raises Overloaded when the queue is full."""
-        async with AsyncExitStack() as stack:
-            with self.wait() if self._slots.locked else nullcontext():
-                await stack.enter_async_context(self._slots.hold(self._slots.claim(claimant)))
-            self.active += 1
-            started = time.monotonic()
-            try:
-                yield
-            finally:
-                self.active -= 1
-                self._service_s += SMOOTHING * (time.monotonic() - started - self._service_s)
+        with self.wait() if self._slots.locked else nullcontext():
+            await self._slots.acquire(self._slots.claim(claimant))
+        self.active += 1
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._slots.release()
+            self.active -= 1
+            self._service_s += SMOOTHING * (time.monotonic() - started - self._service_s)
 
     @contextmanager
     def wait(self) -> Iterator[None]:

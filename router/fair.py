@@ -61,6 +61,14 @@ class FairSemaphore:
     @asynccontextmanager
     async def hold(self, claim: Claim) -> AsyncIterator[None]:
         """Wait for one's turn, and have it."""
+        await self.acquire(claim)
+        try:
+            yield
+        finally:
+            self.release()
+
+    async def acquire(self, claim: Claim) -> None:
+        """Wait for one's turn, which lasts until `release`."""
         claim.turn = asyncio.get_running_loop().create_future()
         heapq.heappush(self._line, claim)
         self._next()
@@ -71,14 +79,10 @@ class FairSemaphore:
                 self._line.remove(claim)
                 heapq.heapify(self._line)
             else:  # its turn came in the same moment
-                self._release()
+                self.release()
             raise
-        try:
-            yield
-        finally:
-            self._release()
 
-    def _release(self) -> None:
+    def release(self) -> None:
         self._free += 1
         self._next()
 

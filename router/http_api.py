@@ -122,11 +122,12 @@ class HttpApi:
                 watching = group.create_task(until_client_leaves(request.receive))
                 serve = partial(self._dispatcher.serve, tenant=request.state.tenant, priority=call.priority)
                 serve = partial(serve, traceparent=request.headers.get("traceparent"))
-                serving = [
-                    group.create_task(serve(prompt.token_ids, prompt.params, deadline_s, partial(write, index)))
+                first, *others = [
+                    serve(prompt.token_ids, prompt.params, deadline_s, partial(write, index))
                     for index, prompt in enumerate(call.prompts)
                 ]
-                summaries = [await task for task in serving]
+                tasks = [group.create_task(other) for other in others]
+                summaries = [await first, *[await task for task in tasks]]
                 watching.cancel()
             return summaries
         except BaseExceptionGroup as failed:
