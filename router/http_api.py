@@ -122,12 +122,11 @@ class HttpApi:
                 watching = group.create_task(until_client_leaves(request.receive))
                 serve = partial(self._dispatcher.serve, tenant=request.state.tenant, priority=call.priority)
                 serve = partial(serve, traceparent=request.headers.get("traceparent"))
-                first, *others = [
-                    serve(prompt.token_ids, prompt.params, deadline_s, partial(write, index))
+                serving = [
+                    group.create_task(serve(prompt.token_ids, prompt.params, deadline_s, partial(write, index)))
                     for index, prompt in enumerate(call.prompts)
                 ]
-                tasks = [group.create_task(other) for other in others]
-                summaries = [await first, *[await task for task in tasks]]
+                summaries = [await task for task in serving]
                 watching.cancel()
             return summaries
         except BaseExceptionGroup as failed:

@@ -30,16 +30,15 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._run = run
         self._started = False
-        self._order = asyncio.Lock()  # several prompts begin side by side
+        self._order = asyncio.Lock()  # several prompts write side by side
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def write(data: bytes, *, more: bool = True) -> None:
-            if not self._started:
-                async with self._order:
-                    if not self._started:
-                        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                        self._started = True
-            await send({"type": "http.response.body", "body": data, "more_body": more})
+            async with self._order:
+                if not self._started:
+                    self._started = True
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                await send({"type": "http.response.body", "body": data, "more_body": more})
 
         try:
             end = await self._run(write)
