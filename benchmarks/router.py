@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import grpc
+import uvloop
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from benchmarks.rows import Figure, Row, write
@@ -180,7 +181,7 @@ def _run_router(connection: Connection, members: list[Member]) -> None:
         await service.stop()
 
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    asyncio.run(serve())
+    uvloop.run(serve())  # as Ray runs routers
 
 
 def _leave_first_core() -> None:

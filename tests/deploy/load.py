@@ -14,6 +14,7 @@ from splitserve.client import Client, Sampling, SplitserveClientError
 
 STREAMS = 4
 TIMEOUT_S = 90.0
+PAUSE_S = 0.3  # of a client between two requests: workers that start must get some of the two cores
 PROMPTS = [random.Random(seed).choices(range(5, 200), k=20 + 9 * seed) for seed in range(4)]
 KINDS: list[Sampling] = [{"max_tokens": 60}, {"max_tokens": 300}, {"max_tokens": 120, "temperature": 0.9, "seed": 3}]
 CASES = [(prompt, Sampling(**kind, ignore_eos=True)) for prompt in PROMPTS for kind in KINDS]
@@ -70,6 +71,7 @@ class Load:
                 except SplitserveClientError as error:
                     self.faults.append(str(error))
                 self.answers += 1
+                self._over.wait(PAUSE_S)
 
     def _answer(self, client: Client, case: int) -> tuple[int, ...]:
         prompt, sampling = CASES[case]
