@@ -157,12 +157,9 @@ class KvReceiver:
         match message:
             case KvRenew():
                 self._renew(reception)
-            case KvFrame():
+            case KvFrame() if message.hand_off is None or self._takes_hand_off(message):
                 share = reception.shares.get(message.source_rank)
-                misplaced = message.target_rank != self._rank or (
-                    message.hand_off and not self._takes_hand_off(message)
-                )
-                if share is None or misplaced or not share.admits(message):
+                if share is None or message.target_rank != self._rank or not share.admits(message):
                     self.rejected += 1
                     return
                 reception.hand_off = message.hand_off or reception.hand_off
@@ -174,7 +171,7 @@ class KvReceiver:
                 reception.hand_off = message.hand_off
                 self._acknowledge(reception, arrival.peer, HAND_OFF_SEQUENCE)
                 self._renew(reception)
-            case KvFinish():
+            case KvFrame() | KvFinish():
                 self.rejected += 1
         self._settle(reception)
 

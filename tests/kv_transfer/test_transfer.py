@@ -471,28 +471,27 @@ def test_all_of_a_small_prompt_is_one_message() -> None:
     assert (frame.layers, frame.tokens, frame.hand_off) == ((0, 3), (0, 2), HAND_OFF)
 
 
-def test_a_first_token_that_is_known_late_follows_alone_and_at_once() -> None:
-    pair, _ = started()
-    sender = pair.senders[0]
-    sender.ready([("r/0", 23)], range(3))
+def finished_late() -> tuple[Pair, Ticket]:
+    """All KV has arrived when the first tokens are known."""
+    pair, ticket = started()
+    pair.senders[0].ready([("r/0", 23)], range(3))
     for _ in range(20):
         pair.step()
-    sender.finish("r/0", HAND_OFF)
-    sender.pump()
-    assert messages_to_target(pair) == [KvFinish("r/0", sender._outgoing["r/0"].ticket.epoch, 0, HAND_OFF)]
+    pair.senders[0].finish("r/0", HAND_OFF)
+    pair.senders[0].pump()
+    return pair, ticket
+
+
+def test_a_first_token_that_is_known_late_follows_alone_and_at_once() -> None:
+    pair, ticket = finished_late()
+    assert messages_to_target(pair) == [KvFinish("r/0", ticket.epoch, 0, HAND_OFF)]
 
 
 def test_a_frame_that_carried_no_hand_off_acknowledges_none() -> None:
-    """It was sent again with the hand-off, which is lost; the acknowledgement is the first one's."""
-    pair, ticket = started()
-    sender = pair.senders[0]
-    sender.ready([("r/0", 23)], range(3))
-    for _ in range(20):
-        pair.step()
-    sender.finish("r/0", HAND_OFF)
-    sender.pump()
+    """The hand-off is lost, and the frame acknowledged once more."""
+    pair, ticket = finished_late()
     messages_to_target(pair)
     pair.network.post("source/0", "target/0", seal(KvAck("r/0", ticket.epoch, 1, hand_off=False)))
-    sender.pump()
-    assert sender.active == ("r/0",)
+    pair.senders[0].pump()
+    assert pair.senders[0].active == ("r/0",)
     assert run(pair)[1] == [[Verified("r/0", HAND_OFF)]], "it comes again"
