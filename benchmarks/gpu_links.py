@@ -93,7 +93,7 @@ def by_link(pair: Pair, payload: torch.Tensor) -> Callable[[], bool]:
 
 
 def by_copy(target: torch.Tensor, stream: torch.cuda.Stream, payload: torch.Tensor) -> Callable[[], bool]:
-    copy_async(target, payload, stream)
+    copy_async(target.data_ptr(), payload.data_ptr(), payload.numel(), stream)
     across: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     across.record(stream)
     return across.query

@@ -17,8 +17,8 @@ import triton.language as tl
 from splitserve.kernels.launch import current_stream, num_sms, relaunch
 
 WORD_BYTES = 4
-BLOCK_WORDS = tl.constexpr(1 << 14)
-TILE_WORDS = 2048
+WORDS_IN_BLOCK, TILE_WORDS = 1 << 14, 2048
+BLOCK_WORDS = tl.constexpr(WORDS_IN_BLOCK)
 LONGEST_RUN = 64  # words that lie side by side in a page and are moved by neighbouring threads
 
 
@@ -101,17 +101,17 @@ def _move(
     rows, row_words = region.rows(cache.planes), cache.row_bytes // WORD_BYTES
     if payload.numel() != rows * cache.row_bytes or cache.row_bytes % (2 * WORD_BYTES):
         raise ValueError(f"payload: found {payload.numel()} bytes for {rows} rows of {cache.row_bytes}")
-    if region.tokens[1] > len(table) * cache.page_size:
-        raise ValueError(f"table: {len(table)} pages of {cache.page_size} do not reach token {region.tokens[1]}")
+    if region.tokens[1] > table.numel() * cache.page_size:
+        raise ValueError(f"table: {table.numel()} pages of {cache.page_size} do not reach token {region.tokens[1]}")
     run = min(LONGEST_RUN, row_words & -row_words)
-    blocks = triton.cdiv(rows * row_words, BLOCK_WORDS.value)
-    tiles = BLOCK_WORDS.value // TILE_WORDS
+    blocks = -(-rows * row_words // WORDS_IN_BLOCK)
+    tiles = WORDS_IN_BLOCK // TILE_WORDS
     programs = min(blocks, max(1, 8 * (sms or num_sms(payload.device)) // tiles))
     (first, _), (low, high), (start, stop) = region.layers, region.heads, region.tokens
     relaunch(
         _move_kv,
         (tiles, programs, 1),
-        (cache.pointers, table, payload.view(torch.int32), total),
+        (cache.pointers, table, payload, total),
         (cache.pages, first, low, high - low, start, stop - start, rows * row_words),
         (cache.planes, cache.heads, cache.page_size, row_words, run, TILE_WORDS // run, pack),
         stream.cuda_stream if stream else current_stream(table.device),
@@ -138,6 +138,7 @@ def _move_kv(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     run_in_block = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
     column = tl.arange(0, RUN)[None, :]
+    words_of_payload = payload.to(tl.pointer_type(tl.int32))
     whole = words // BLOCK_WORDS
     sums = tl.zeros((RUNS, RUN), tl.int64)
     for block in range(tl.program_id(1), tl.cdiv(words, BLOCK_WORDS), tl.num_programs(1)):
@@ -151,7 +152,7 @@ def _move_kv(  # type: ignore[no-untyped-def]
         cache_row = ((plane * pages + page) * HEADS + head) * PAGE + token % PAGE
         start = tl.load(layers + layer, mask=live, other=0).to(tl.pointer_type(tl.int32))
         paged = (start + cache_row * ROW + run % (ROW // RUN) * RUN)[:, None] + column
-        packed = payload + run.to(tl.int64)[:, None] * RUN + column
+        packed = words_of_payload + run.to(tl.int64)[:, None] * RUN + column
         # Every run starts at a multiple of its length, in pages and in payloads.
         paged, packed = tl.multiple_of(paged, [1, RUN]), tl.multiple_of(packed, [1, RUN])
         if PACK:

@@ -42,7 +42,8 @@ def relaunch(
         kernel[grid](*tensors, *values, *constants)
         return
     addresses = [tensor.data_ptr() for tensor in tensors]
-    key = (kernel, tensors[0].device, *constants, *(address % ALIGNMENT == 0 for address in addresses))
+    aligned = tuple(address % ALIGNMENT == 0 for address in addresses)
+    key = (kernel.fn, tensors[0].get_device(), constants, aligned)  # a kernel's own hash is of its source
     compiled = _compiled.get(key)
     if compiled is None:
         compiled = _compiled[key] = kernel.warmup(*tensors, *values, *constants, grid=grid, **options)

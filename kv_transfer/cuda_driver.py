@@ -29,16 +29,17 @@ def view(address: int, size: int) -> torch.Tensor:
     return torch.as_tensor(_Bytes(address, size))  # naming another device than the memory's would copy it
 
 
-def copy_async(target: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream) -> None:
-    """Copy all of `source` to `target`, which may be another GPU's: torch would make a context there first."""
-    size = ctypes.c_size_t(source.numel() * source.itemsize)
-    to, origin = ctypes.c_uint64(target.data_ptr()), ctypes.c_uint64(source.data_ptr())
-    check("cuMemcpyAsync", to, origin, size, ctypes.c_void_p(stream.cuda_stream))
+def copy_async(target: int, source: int, size: int, stream: torch.cuda.Stream) -> None:
+    """Copy `size` bytes between addresses, which may be another GPU's: torch would make a context there first."""
+    check("cuMemcpyAsync", target, source, size, stream.cuda_stream)
 
 
 @lru_cache
 def _function(name: str) -> Any:
-    return getattr(ctypes.CDLL("libcuda.so.1"), name)
+    function = getattr(ctypes.CDLL("libcuda.so.1"), name)
+    if name == "cuMemcpyAsync":  # called for every frame, with numbers as they are
+        function.argtypes = ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p
+    return function
 
 
 class _Bytes:

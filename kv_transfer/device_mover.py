@@ -29,7 +29,7 @@ PACK_SMS, UNPACK_SMS = 64, 16
 BOUNCES, SLOTS = 2, 1024
 BOUNCED_BYTES = range(1 << 20, BOUNCE_BYTES // BOUNCES + 1)
 HOST_PAYLOADS = 8  # at once, that travel with their messages
-WORD_STRIDE = 2  # 16 bytes, so that one compiled kernel does for every word
+WORD_BYTES, WORD_STRIDE = 8, 2  # every 16 bytes, so that one compiled kernel does for every word
 
 
 class DeviceMover:
@@ -72,7 +72,7 @@ class DeviceMover:
             self._stream.wait_event(bounce.free)
             move = self._run(pack_kv, PACK_SMS, table, region, packed)
             self._copies.wait_event(move.done)
-            copy_async(payload, packed, self._copies)
+            copy_async(payload.data_ptr(), packed.data_ptr(), payload.numel(), self._copies)
             move.done.record(self._copies)
             bounce.free = move.done
             return move
@@ -101,7 +101,7 @@ class DeviceMover:
         slot = next(self._slots)
         move = slot.begin()
         kernel(self._layers, table, region, packed, slot.word, sms, self._stream)
-        copy_async(slot.pinned, slot.word, self._stream)
+        copy_async(*slot.to_host, WORD_BYTES, self._stream)
         move.done.record(self._stream)
         return move
 
@@ -127,11 +127,11 @@ class _Bounce:
 class _Slot:
     """A word on the GPU that moves add their sums to, one after another, and its copy in pinned memory.
 
-    It is never zeroed: a move's sum is what it has grown by. That is a launch less.
+    It is never zeroed: a move's sum is what it has grown by. That is a launch less. `to_host` are both addresses.
     """
 
     def __init__(self, word: torch.Tensor, pinned: torch.Tensor) -> None:
-        self.word, self.pinned, self.value = word, pinned, 0
+        self.word, self.to_host, self.value = word, (pinned.data_ptr(), word.data_ptr()), 0
         self.done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._found = pinned.numpy()
         self._move: DeviceMove | None = None

@@ -183,7 +183,8 @@ class KvReceiver:
             self._ask_again(arrival.peer, frame)
             return
         region = KvRegion(frame.layers, share.piece.target_heads, frame.tokens)
-        move = self._mover.unpack(reception.table, region, payload, after=reception.mark)
+        mark, reception.mark = reception.mark, None
+        move = self._mover.unpack(reception.table, region, payload, after=mark)
         landing = Landing(frame, share, arrival.peer, move)
         reception.landings[frame.source_rank, frame.sequence] = landing
         self._end_landing(reception, landing)

@@ -18,13 +18,17 @@ from splitserve.kv_transfer.staging import ALIGNMENT, Window, window_share
 
 
 class Share:
-    """What one source rank owes: its piece, its part of the window, and a bitmap [layers, tokens] of what is here."""
+    """What one source rank owes: its piece, its part of the window, and a bitmap [layers, tokens] of what is here.
+
+    What comes again comes in the frames of before, so these are known by their layers and tokens.
+    """
 
     def __init__(self, piece: Piece, layout: KvLayout, window: Window) -> None:
         self.piece, self.window = piece, window
         self._token_bytes = bytes_per_layer_token(layout, piece.target_heads)
         self._landed = np.zeros((layout.num_layers, piece.stop_token - piece.start_token), dtype=np.bool_)
         self._missing = self._landed.size
+        self._frames: set[tuple[tuple[int, int], tuple[int, int]]] = set()
 
     def size(self, frame: KvFrame) -> int:
         """Bytes of the frame's payload."""
@@ -42,20 +46,18 @@ class Share:
         )
 
     def has(self, frame: KvFrame) -> bool:
-        return bool(self._landed[self._index(frame)].all())
+        return self.is_complete or (frame.layers, frame.tokens) in self._frames
 
     def mark(self, frame: KvFrame) -> None:
-        part = self._landed[self._index(frame)]
+        start = self.piece.start_token
+        part = self._landed[slice(*frame.layers), frame.tokens[0] - start : frame.tokens[1] - start]
         self._missing -= part.size - int(np.count_nonzero(part))
         part[:] = True
+        self._frames.add((frame.layers, frame.tokens))
 
     @property
     def is_complete(self) -> bool:
         return self._missing == 0
-
-    def _index(self, frame: KvFrame) -> tuple[slice, slice]:
-        start = self.piece.start_token
-        return slice(*frame.layers), slice(frame.tokens[0] - start, frame.tokens[1] - start)
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,8 @@ class Reception:
     """A transfer on target rank `rank`. `expires` ends the lease, and after the end, the window's quarantine.
 
     `writers` are the source ranks that may still send; `peers` are the transport's names of those that have.
-    `landings` are by source rank and sequence. Behind `mark` nothing else uses the pages of `table` any more. Rank 0
-    also awaits the hand-off, from source rank 0.
+    `landings` are by source rank and sequence. Behind `mark` nothing else uses the pages of `table` any more; None
+    once a copy waits for it, as copies follow one another. Rank 0 also awaits the hand-off, from source rank 0.
     """
 
     def __init__(

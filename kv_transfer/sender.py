@@ -179,7 +179,8 @@ class KvSender:
                     flight.written = None
                     if flight.move is None and now >= flight.due:
                         self._pack(outgoing, flight)
-                self._send_packed(outgoing, flight)
+                        self._send_packed(outgoing)
+            self._send_packed(outgoing)
             if now >= outgoing.beat_at:
                 self._beat(outgoing, now)
 
@@ -216,18 +217,22 @@ class KvSender:
         flight.due = self._clock() + outgoing.ticket.lease_s / TRIES_PER_LEASE
         flight.move = self._mover.pack(outgoing.table, region, flight.payload)
 
-    def _send_packed(self, outgoing: Outgoing, flight: Flight) -> None:
-        """Send a frame whose payload is whole; one that has landed in the meantime is done with."""
-        if flight.move is None or flight.payload is None or (total := flight.move.total()) is None:
-            return
-        payload, flight.payload, flight.move = flight.payload, None, None
-        if flight.landed:
-            self._land(outgoing, flight)
-            return
-        checksum = bind(total, flight.frame.identity(), payload.numel())
-        hand_off = outgoing.hand_off if outgoing.owes_hand_off and flight.lane.piece.target_rank == 0 else None
-        frame = replace(flight.frame, checksum=checksum, hand_off=hand_off)
-        self._transport.send(flight.lane.target, seal(frame), payload, frame.offset)
+    def _send_packed(self, outgoing: Outgoing) -> None:
+        """Send frames whose payloads are whole: while others are packed, for a receiver that waits for the first one.
+
+        Those that have landed in the meantime are done with.
+        """
+        for flight in list(outgoing.flights.values()):
+            if flight.move is None or flight.payload is None or (total := flight.move.total()) is None:
+                continue
+            payload, flight.payload, flight.move = flight.payload, None, None
+            if flight.landed:
+                self._land(outgoing, flight)
+                continue
+            checksum = bind(total, flight.frame.identity(), payload.numel())
+            hand_off = outgoing.hand_off if outgoing.owes_hand_off and flight.lane.piece.target_rank == 0 else None
+            frame = replace(flight.frame, checksum=checksum, hand_off=hand_off)
+            self._transport.send(flight.lane.target, seal(frame), payload, frame.offset)
 
     def _land(self, outgoing: Outgoing, flight: Flight) -> None:
         """The receiver has the frame: its slot is free again."""

@@ -19,7 +19,6 @@ from tests.kv_transfer.chaos.setup import Setup
 CLUSTER = f"chaos{os.getpid()}"
 MIB = 1 << 20
 ON_CPU = {"source": ("cpu", "cpu"), "target": ("cpu", "cpu")}
-ON_GPUS = {"source": ("cuda:0", "cuda:1"), "target": ("cuda:2", "cuda:3")}
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +32,8 @@ def _clean_shared_memory() -> Iterator[None]:
 @pytest.fixture
 def gpu_memory() -> Iterator[None]:
     """Comes back, all but what the driver may keep."""
-    if torch.cuda.device_count() < 4:
-        pytest.skip(f"needs 4 GPUs; there are {torch.cuda.device_count()}")
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs 2 GPUs; there are {torch.cuda.device_count()}")
     before = free_gpu_memory()
     yield
     deadline = time.monotonic() + 10
@@ -44,7 +43,13 @@ def gpu_memory() -> Iterator[None]:
 
 
 def free_gpu_memory() -> list[int]:
-    return [torch.cuda.mem_get_info(device)[0] for device in range(4)]
+    return [torch.cuda.mem_get_info(device)[0] for device in range(torch.cuda.device_count())]
+
+
+def on_gpus() -> dict[str, tuple[str, ...]]:
+    """Two ranks a side, each on a GPU of its own where there are four; else both of a side share one."""
+    source, target = ((0, 1), (2, 3)) if torch.cuda.device_count() >= 4 else ((0, 0), (1, 1))
+    return {"source": tuple(f"cuda:{n}" for n in source), "target": tuple(f"cuda:{n}" for n in target)}
 
 
 def check(report: Report, faults: int, longest_pass_s: float) -> None:
@@ -98,7 +103,7 @@ def test_between_gpus(transport: Literal["cuda_ipc", "nccl", "shm"], faults: int
     setup = Setup(
         cluster=CLUSTER,
         transport=transport,
-        devices=ON_GPUS,
+        devices=on_gpus(),
         source=KvLayout(1, 8, 2, 8, 128, 16, "bfloat16"),
         target=KvLayout(1, 8, 2, 8, 128, 32, "bfloat16"),
         source_pages=2048,
@@ -108,5 +113,7 @@ def test_between_gpus(transport: Literal["cuda_ipc", "nccl", "shm"], faults: int
         lease_s=4.0 if transport == "nccl" else 2.0,
     )
     report = run(setup, faults, gap_s=(0.5, 2.0), requests=200, seed=seed)
-    # With NCCL, what waits for a whole device waits for a payload that never comes until its link is given up.
-    check(report, faults, longest_pass_s=0.5 if transport == "nccl" else 0.2)
+    # With NCCL, what waits for a whole device waits for a payload that never comes until its link is given up. Ranks
+    # that share a GPU wait while the driver makes the other one's context.
+    alone = torch.cuda.device_count() >= 4
+    check(report, faults, longest_pass_s=0.2 if alone and transport != "nccl" else 0.5)
