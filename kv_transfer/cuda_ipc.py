@@ -47,7 +47,7 @@ class CudaSegment:
 
     def take(self, offset: int, size: int) -> torch.Tensor:
         """No copy: movers on a GPU read every word once, and sum what they have read."""
-        return self.bytes[offset : offset + size]
+        return self.bytes.narrow(0, offset, size)
 
     def close(self) -> None:
         check("cuMemFree_v2", self._address)

@@ -68,7 +68,7 @@ class DeviceMover:
             if payload.device == self._device or payload.numel() not in BOUNCED_BYTES:
                 return self._run(pack_kv, PACK_SMS, table, region, payload)
             bounce = self._bounce()
-            packed = bounce.bytes[: payload.numel()]
+            packed = bounce.bytes.narrow(0, 0, payload.numel())
             self._stream.wait_event(bounce.free)
             move = self._run(pack_kv, PACK_SMS, table, region, packed)
             self._copies.wait_event(move.done)

@@ -30,7 +30,7 @@ class PinnedSegment(ShmSegment):
 
     def take(self, offset: int, size: int) -> torch.Tensor:
         """No copy: movers on a GPU read every word once, and sum what they have read."""
-        return self.bytes[offset : offset + size]
+        return self.bytes.narrow(0, offset, size)
 
     def close(self) -> None:
         _unpin(self._host)

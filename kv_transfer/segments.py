@@ -117,7 +117,7 @@ class HostSender:
         if offset + size > segment.bytes.numel():
             found = f"{target.segment} has {segment.bytes.numel()} bytes"
             raise TransferFailed(f"segment: {found}; a frame ends at {offset + size}")
-        return segment.bytes[offset : offset + size]
+        return segment.bytes.narrow(0, offset, size)
 
     def way(self, target: RankEndpoint) -> Transport:
         return target.transport if self._reaches(target) else self._control.way(target)
