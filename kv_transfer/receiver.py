@@ -96,13 +96,16 @@ class KvReceiver:
         self._settle(reception)
 
     def poll(self, limit: int = MAX_ARRIVALS) -> list[ReceiverEvent]:
-        """Take up to `limit` messages and look at the clock. Returns what happened since last time."""
-        for arrival in self._transport.receive(limit):
-            self._take(arrival)
+        """Take up to `limit` messages and look at the clock. Returns what happened since last time.
+
+        Between payloads that have landed it looks for others, so that a device has more to do meanwhile.
+        """
+        limit -= self._receive(limit)
         now = self._clock()
         for reception in list(self._receptions.values()):
             for landing in list(reception.landings.values()):
-                self._end_landing(reception, landing)
+                if self._end_landing(reception, landing):
+                    limit -= self._receive(limit)
             if now >= reception.expires and reception.lifecycle.awaits_sender:
                 self._abort(reception, f"no KV came for a lease of {reception.incoming.lease_s:g} s")
             if reception.lifecycle.is_over and (not reception.writers or now >= reception.expires):
@@ -130,13 +133,20 @@ class KvReceiver:
             self.abort(transfer_id, "the receiver is shutting down")
         self._transport.close()
 
+    def _receive(self, limit: int) -> int:
+        """Take up to `limit` messages. Returns how many came."""
+        arrivals = self._transport.receive(limit)
+        for arrival in arrivals:
+            self._take(arrival)
+        return len(arrivals)
+
     def _take(self, arrival: Arrival) -> None:
         try:
             message = unseal(arrival.header)
         except ProtocolError:
             self.rejected += 1
             return
-        if not isinstance(message, KvFrame | KvFinish | KvRenew | KvDrained):
+        if not isinstance(message, FromSender):
             self.rejected += 1
             return
         reception = self._receptions.get(message.transfer_id)
@@ -189,19 +199,21 @@ class KvReceiver:
         reception.landings[frame.source_rank, frame.sequence] = landing
         self._end_landing(reception, landing)
 
-    def _end_landing(self, reception: Reception, landing: Landing) -> None:
-        """Check and acknowledge a frame, if all of it is written."""
-        if (total := landing.move.total()) is None:
-            return
+    def _end_landing(self, reception: Reception, landing: Landing) -> bool:
+        """Check and acknowledge a frame, if all of it is written. Returns whether it is."""
         frame = landing.frame
-        del reception.landings[frame.source_rank, frame.sequence]
-        if bind(total, frame.identity(), landing.share.size(frame)) != frame.checksum:
+        key = frame.source_rank, frame.sequence
+        if reception.landings.get(key) is not landing or (total := landing.move.total()) is None:
+            return False
+        del reception.landings[key]
+        if bind(total, frame.identity(), landing.share.size(frame)) == frame.checksum:
+            landing.share.mark(frame)
+            self._renew(reception)
+            self._acknowledge(reception, landing.peer, frame.sequence)
+            self._settle(reception)
+        else:
             self._ask_again(landing.peer, frame)
-            return
-        landing.share.mark(frame)
-        self._renew(reception)
-        self._acknowledge(reception, landing.peer, frame.sequence)
-        self._settle(reception)
+        return True
 
     def _on_drained(self, reception: Reception, message: KvDrained) -> None:
         reception.writers.discard(message.source_rank)

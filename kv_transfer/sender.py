@@ -16,6 +16,7 @@ from splitserve.kv_transfer.checksum import bind
 from splitserve.kv_transfer.mover import Mark, Mover
 from splitserve.kv_transfer.outgoing import Flight, Outgoing, build_lanes
 from splitserve.kv_transfer.protocol import (
+    FromReceiver,
     FromSender,
     KvAck,
     KvDrained,
@@ -256,7 +257,7 @@ class KvSender:
         except ProtocolError:
             self.rejected += 1
             return
-        if not isinstance(reply, KvAck | KvNack | KvGone):
+        if not isinstance(reply, FromReceiver):
             self.rejected += 1
             return
         outgoing = self._outgoing.get(reply.transfer_id)

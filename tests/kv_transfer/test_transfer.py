@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.layout import KvLayout
-from splitserve.cluster.messages import Ticket
+from splitserve.cluster.messages import RankEndpoint, Ticket
 from splitserve.kv_transfer.lifecycle import Lifecycle, TransferState
 from splitserve.kv_transfer.memory import Faults
+from splitserve.kv_transfer.mover import Move
 from splitserve.kv_transfer.protocol import (
     Freed,
     KvAck,
@@ -240,6 +242,54 @@ def test_a_slot_is_not_filled_anew_while_it_is_being_packed() -> None:
         pair.tick(0.1)
     sender.pump()
     assert len(lane.free_slots) == slots + 1
+
+
+def test_a_frame_leaves_while_the_next_one_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, ticket = started()
+    sender = pair.senders[0]
+    order, moves = list[str](), list[object]()
+    pack, send = sender._mover.pack, sender._transport.send
+
+    class UntilTheNext:
+        """A copy that is under way until another one has begun."""
+
+        def __init__(self, move: Move) -> None:
+            self._move = move
+            order.append("packed")
+            moves.append(self)
+
+        def total(self) -> int | None:
+            return None if moves[-1] is self else self._move.total()
+
+    def note(target: RankEndpoint, header: bytes, *payload: Any) -> None:
+        if isinstance(unseal(header), KvFrame):
+            order.append("sent")
+        send(target, header, *payload)
+
+    monkeypatch.setattr(sender._mover, "pack", lambda *frame: UntilTheNext(pack(*frame)))
+    monkeypatch.setattr(sender._transport, "send", note)
+    pair.all_ready(ticket)
+    sender.pump()
+    assert order[:5] == ["packed", "packed", "sent", "packed", "sent"]
+
+
+def test_a_payload_that_comes_while_others_end_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, _ = slow_pair(1.0)
+    receiver, device = pair.receivers[0], pair.devices[1]
+    while not receiver.busy:
+        pair.step(0.1)
+    while device.busy:
+        pair.tick(0.1)
+    ticket = pair.open("r/1", [4, 5], 0, 8, Window(4096, 4096))
+    pair.begin(ticket, [6, 7], dense_kv(pair.source, 8))
+    pair.all_ready(ticket)
+    for _ in range(50):
+        pair.tick(0.1)
+        pair.senders[0].pump()
+    receive, calls = receiver._transport.receive, itertools.count()
+    monkeypatch.setattr(receiver._transport, "receive", lambda limit: receive(limit) if next(calls) else [])
+    receiver.poll()
+    assert device.busy
 
 
 def test_a_prompt_that_is_being_computed_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
