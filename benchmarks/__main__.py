@@ -5,5 +5,5 @@ from __future__ import annotations
 import subprocess
 import sys
 
-for module in ("benchmarks.cpu_cluster", "benchmarks.router", "benchmarks.kv_host"):
+for module in ("benchmarks.cpu_cluster", "benchmarks.router", "benchmarks.conversations", "benchmarks.kv_host"):
     subprocess.run([sys.executable, "-m", module], check=True)

@@ -12,6 +12,7 @@ from splitserve.cluster.errors import InvalidRequest, ModelLoadError
 from splitserve.cluster.json_file import read_object
 from splitserve.router.chat_template import ChatTemplate, Conversation
 from splitserve.router.detokenizer import Detokenizer, TokenTable
+from splitserve.router.pieces import Pieces
 
 
 class Tokenizer:
@@ -22,6 +23,7 @@ class Tokenizer:
         self._fast = fast
         self._template = template
         self._table = TokenTable(fast)
+        self._pieces = Pieces(fast)
         self.vocab_size = vocab_size
         self.longest_token = max(map(len, fast.get_vocab(with_added_tokens=True)), default=1)
 
@@ -38,6 +40,8 @@ class Tokenizer:
             fast = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust library raises bare Exception
             raise ModelLoadError(f"{path}: not a tokenizer: {error}") from error
+        fast.no_truncation()
+        fast.no_padding()
         settings = read_json(folder / "tokenizer_config.json")
         vocab_size = read_json(folder / "config.json").get("vocab_size", fast.get_vocab_size(with_added_tokens=True))
         if type(vocab_size) is not int or vocab_size < 1:
@@ -53,18 +57,15 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain prompt, with what the tokenizer itself adds (BOS, for some models)."""
-        return self._encode(text, add_special_tokens=True)
+        (encoding,) = self._fast.encode_batch_fast([text])  # without offsets
+        return encoding.ids
 
     def encode_chat(self, messages: Conversation, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer. Raises InvalidRequest."""
         if self._template is None:
             raise InvalidRequest("messages", "a model without a chat template", "use Generate with a plain prompt")
         # The template writes BOS and all other special tokens itself.
-        return self._encode(self._template.render(messages, tools), add_special_tokens=False)
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        (encoding,) = self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)  # without offsets
-        return encoding.ids
+        return self._pieces.encode(self._template.render(messages, tools))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of `token_ids`, special tokens left out. Raises InvalidRequest for ids outside the vocabulary."""

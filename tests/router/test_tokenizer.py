@@ -8,7 +8,7 @@ import pytest
 from splitserve.cluster.errors import InvalidRequest, ModelLoadError
 from splitserve.router.chat_template import ChatTemplate
 from splitserve.router.tokenizer import Tokenizer
-from tests.router.tiny_tokenizers import write_folder
+from tests.router.tiny_tokenizers import byte_level, write_folder
 
 CONVERSATION = [
     {"role": "user", "content": "Hello <|im_end|> & <b>你好</b>"},
@@ -37,6 +37,16 @@ def test_equals_transformers_for_texts_and_conversations(folder: Path, tokenizer
     for length in (1, 3):
         expected = oracle.apply_chat_template(CONVERSATION[:length], add_generation_prompt=True, return_dict=False)
         assert tokenizer.encode_chat(CONVERSATION[:length]) == expected
+
+
+def test_prompts_are_never_cut_short(tmp_path: Path) -> None:
+    """Some models' files hold the settings of their training: prompts of some length, cut or filled up."""
+    fast = byte_level()
+    fast.enable_truncation(3)
+    fast.enable_padding(length=40)
+    cut = Tokenizer.load(write_folder(tmp_path, fast))
+    assert cut.decode(cut.encode("The quick brown fox")) == "The quick brown fox"
+    assert len(cut.encode_chat(CONVERSATION)) > 40
 
 
 def test_a_template_that_writes_bos_gives_one_bos() -> None:
