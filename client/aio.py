@@ -60,10 +60,14 @@ class AsyncClient:
         model: str = "",
         timeout_s: float | None = None,
         priority: int = 0,
+        cache_salt: str = "",
         **sampling: Unpack[Sampling],
     ) -> AsyncStream:
-        """Continue `prompt`, a text or token ids. Requests that have to wait go by `priority`, the smallest first."""
-        request = wire.generate_request(prompt, model, priority, sampling)
+        """Continue `prompt`, a text or token ids. Requests that have to wait go by `priority`, the smallest first.
+
+        Only requests with the same `cache_salt` share cached prefixes.
+        """
+        request = wire.generate_request(prompt, model, priority, cache_salt, sampling)
         return AsyncStream(partial(self._stub.Generate, metadata=self._metadata), request, timeout_s)
 
     def chat(
@@ -73,10 +77,11 @@ class AsyncClient:
         model: str = "",
         timeout_s: float | None = None,
         priority: int = 0,
+        cache_salt: str = "",
         **sampling: Unpack[Sampling],
     ) -> AsyncStream:
-        """Answer `messages`, each a mapping of role and content; `priority` as in `generate`."""
-        request = wire.chat_request(messages, model, priority, sampling)
+        """Answer `messages`, each a mapping of role and content; `priority` and `cache_salt` as in `generate`."""
+        request = wire.chat_request(messages, model, priority, cache_salt, sampling)
         return AsyncStream(partial(self._stub.Chat, metadata=self._metadata), request, timeout_s)
 
     async def tokenize(self, text: str | Conversation, *, model: str = "") -> list[int]:

@@ -114,9 +114,12 @@ def metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
 
 
 @_checked
-def generate_request(prompt: str | Sequence[int], model: str, priority: int, sampling: Sampling) -> pb.GenerateRequest:
+def generate_request(
+    prompt: str | Sequence[int], model: str, priority: int, cache_salt: str, sampling: Sampling
+) -> pb.GenerateRequest:
     """A Generate call for a text or for token ids."""
-    request = pb.GenerateRequest(model=model, priority=priority, sampling=_sampling(sampling))
+    parameters = _sampling(sampling)
+    request = pb.GenerateRequest(model=model, priority=priority, cache_salt=cache_salt, sampling=parameters)
     if isinstance(prompt, str):
         request.text = prompt
     else:
@@ -125,10 +128,13 @@ def generate_request(prompt: str | Sequence[int], model: str, priority: int, sam
 
 
 @_checked
-def chat_request(messages: Conversation, model: str, priority: int, sampling: Sampling) -> pb.ChatRequest:
+def chat_request(
+    messages: Conversation, model: str, priority: int, cache_salt: str, sampling: Sampling
+) -> pb.ChatRequest:
     """A Chat call."""
-    parameters = _sampling(sampling)
-    return pb.ChatRequest(model=model, messages=_messages(messages), priority=priority, sampling=parameters)
+    request = pb.ChatRequest(model=model, priority=priority, cache_salt=cache_salt, sampling=_sampling(sampling))
+    request.messages.extend(_messages(messages))
+    return request
 
 
 @_checked

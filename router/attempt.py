@@ -47,6 +47,7 @@ class Attempt:
         samples: Sequence[SampleOutput],
         prompt: list[int],
         params: SamplingParams,
+        extra_keys: tuple[str, ...],
         uncached: int,
         holder: str = "",
         cached: Cached | None = None,
@@ -62,6 +63,7 @@ class Attempt:
             "attempt": number,
             "token_ids": prompt + samples[0].token_ids,
             "params": params if params.n == len(samples) else replace(params, n=len(samples)),
+            "extra_keys": extra_keys,
             "first_sample": samples[0].index,
             "output_tokens": len(samples[0].token_ids),
         }
@@ -89,7 +91,7 @@ class Attempt:
     def send_prefix(self, ticket: Ticket) -> SendPrefix:
         """For the engine that has it cached."""
         token_ids: list[int] = self._asked["token_ids"]
-        return SendPrefix(token_ids[: ticket.num_tokens + 1], (), ticket)
+        return SendPrefix(token_ids[: ticket.num_tokens + 1], self._asked["extra_keys"], ticket)
 
     def send_to(self, ticket: Ticket) -> SendTo:
         return SendTo(self._request_id, self.number, ticket)

@@ -113,15 +113,18 @@ class Dispatcher:
         *,
         tenant: Tenant,
         priority: int = 0,
+        cache_salt: str = "",
         traceparent: str | None = None,
     ) -> Summary:
         """Take a request to its one outcome: every chunk written and the summary returned, or an error raised.
 
         What its client has `answered`, one for each sample, is not written again. Where not all can go on at once,
-        those with the smallest `priority` do. `traceparent` names the span that it is a part of, as W3C's header does.
+        those with the smallest `priority` do. Only those with the same `cache_salt` share cached prefixes.
+        `traceparent` names the span that it is a part of, as W3C's header does.
         """
         claimant = Claimant(tenant.name, priority, len(token_ids) + params.n * (params.max_tokens or ANSWER_TOKENS))
-        request = self._new_request(token_ids, params, deadline_s, answered, claimant)
+        extra_keys = (cache_salt,) if cache_salt else ()
+        request = self._new_request(token_ids, params, deadline_s, answered, claimant, extra_keys)
         with outcome(partial(self._end, request, traceparent)):
             summary = await self._answer(request, deadline_s, write, tenant)
             self._account(summary)
@@ -170,6 +173,7 @@ class Dispatcher:
         deadline_s: float,
         answered: Sequence[Answered],
         claimant: Claimant,
+        extra_keys: tuple[str, ...],
     ) -> Request:
         def stop(sample: int) -> None:
             for attempt in request.held:
@@ -178,7 +182,7 @@ class Dispatcher:
         request_id = f"{self._identity}-{next(self._ids)}"
         timeline, new_detokenizer = Timeline(self.metrics), self._new_detokenizer
         request = Request(
-            request_id, token_ids, params, deadline_s, timeline, new_detokenizer, stop, answered, claimant
+            request_id, token_ids, params, deadline_s, timeline, new_detokenizer, stop, answered, claimant, extra_keys
         )
         self._requests[request_id] = request
         return request
@@ -261,7 +265,7 @@ class Dispatcher:
 
     def _wanted(self, request: Request, sample: SampleOutput) -> Wanted:
         token_ids = request.tokens_of(sample)
-        cached = self.engines.cached_tokens(token_ids) if self._policy == "kv_aware" else {}
+        cached = self.engines.cached_tokens(token_ids, request.extra_keys) if self._policy == "kv_aware" else {}
         return Wanted(len(token_ids), cached, request.broken, self._slo.tpot_s or math.inf)
 
     def _refuse_late(self, request: Request, prefill: EngineView, ttft_s: float) -> None:

@@ -111,9 +111,9 @@ class Engines:
         engines = [engine for _, engine in sorted(self._engines.items()) if engine.is_open]
         return [engine.view for engine in engines if engine.member.role in roles]
 
-    def cached_tokens(self, token_ids: Sequence[int]) -> Mapping[str, int]:
+    def cached_tokens(self, token_ids: Sequence[int], extra_keys: tuple[str, ...]) -> Mapping[str, int]:
         """How many leading tokens each engine has cached, of those that can take requests and have any."""
-        cached = self.prefixes.cached_tokens(token_ids)
+        cached = self.prefixes.cached_tokens(token_ids, extra_keys)
         return {name: tokens for name, tokens in cached.items() if self._engines[name].is_open}
 
     def place(self, name: str, message: Reserve | Prefill, tokens: int) -> None:

@@ -87,7 +87,8 @@ class SplitServe:
 
     async def _chat(self, request: pb.ChatRequest, context: Context) -> None:
         self._validator.check_model(request.model)
-        token_ids = await self._validator.encode_chat(_conversation(request.messages))
+        conversation = _conversation(request.messages)
+        token_ids = await self._validator.encode_chat(conversation, remember=not request.cache_salt)
         await self._stream(token_ids, request, context)
 
     async def _stream(
@@ -104,6 +105,7 @@ class SplitServe:
         remaining_s = context.time_remaining()
         deadline_s = self._default_deadline_s if remaining_s is None or math.isinf(remaining_s) else remaining_s
         serve = partial(self._dispatcher.serve, priority=request.priority, traceparent=_traceparent(context))
+        serve = partial(serve, cache_salt=self._validator.cache_salt(request.cache_salt))
         with (tenant := self._tenant(context)).request(len(token_ids)):
             summary = await serve(token_ids, params, deadline_s, write, answered, tenant=tenant)
         await context.write(pb.GenerateResponse(request_id=summary.request_id, summary=_summary(summary)))

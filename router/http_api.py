@@ -121,7 +121,7 @@ class HttpApi:
             async with asyncio.TaskGroup() as group:
                 watching = group.create_task(until_client_leaves(request.receive))
                 serve = partial(self._dispatcher.serve, tenant=request.state.tenant, priority=call.priority)
-                serve = partial(serve, traceparent=request.headers.get("traceparent"))
+                serve = partial(serve, cache_salt=call.cache_salt, traceparent=request.headers.get("traceparent"))
                 serving = [
                     group.create_task(serve(prompt.token_ids, prompt.params, deadline_s, partial(write, index)))
                     for index, prompt in enumerate(call.prompts)

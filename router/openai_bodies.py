@@ -65,6 +65,7 @@ class _Body(_Model):
     ignore_eos: bool = False
     stop_token_ids: list[int] = []
     priority: int = Field(default=0, ge=-(2**31), lt=2**31)
+    cache_salt: str = ""
     response_format: Any = None
     structured_outputs: Any = None
 

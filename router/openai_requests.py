@@ -41,6 +41,7 @@ class Call:
     stream: bool
     include_usage: bool
     priority: int
+    cache_salt: str
     echo: bool = False
     answered: bool = True
     reasons: bool = False
@@ -67,7 +68,8 @@ async def completion(raw: dict[str, Any], validator: Validator) -> Call:
         validator.check_params(token_ids, fitted)
         text = (prompt if isinstance(prompt, str) else validator.tokenizer.decode(token_ids)) if body.echo else ""
         prompts.append(Prompt(token_ids, fitted, text))
-    return Call(prompts, body.stream, body.include_usage, body.priority, body.echo, answered)
+    cache_salt = validator.cache_salt(text_of("cache_salt", body.cache_salt))
+    return Call(prompts, body.stream, body.include_usage, body.priority, cache_salt, body.echo, answered)
 
 
 async def chat(raw: dict[str, Any], validator: Validator) -> Call:
@@ -84,13 +86,16 @@ async def chat(raw: dict[str, Any], validator: Validator) -> Call:
     params = await validator.constrain(params, tools.constraint or constraint)
     if body.max_completion_tokens is not None:
         params = replace(params, max_tokens=body.max_completion_tokens)
-    token_ids = await validator.encode_chat(_conversation(body.messages, validator.family), tools.offered)
+    cache_salt = validator.cache_salt(text_of("cache_salt", body.cache_salt))
+    conversation = _conversation(body.messages, validator.family)
+    token_ids = await validator.encode_chat(conversation, tools.offered, remember=not cache_salt)
     validator.check_params(token_ids, params)
     return Call(
         [Prompt(token_ids, params)],
         body.stream,
         body.include_usage,
         body.priority,
+        cache_salt,
         reasons=validator.family.reasons and params.grammar is None,
         may_call=bool(tools.offered),
     )

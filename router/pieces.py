@@ -49,7 +49,7 @@ class Pieces:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without what a tokenizer adds around it."""
         if self._cut is None:
-            return self._tokenise(text)
+            return self.tokenise(text)
         token_ids: list[int] = []
         for number, piece in enumerate(self._cut.split(text)):
             if number % 2:
@@ -63,7 +63,7 @@ class Pieces:
             if (found := self._kept.get(piece)) is not None:
                 self._kept.move_to_end(piece)
                 return found
-        found = array("I", self._tokenise(piece))
+        found = array("I", self.tokenise(piece))
         with self._lock:
             if piece not in self._kept:
                 self._kept[piece] = found
@@ -72,7 +72,8 @@ class Pieces:
                 self._characters -= len(self._kept.popitem(last=False)[0])
         return found
 
-    def _tokenise(self, text: str) -> list[int]:
+    def tokenise(self, text: str) -> list[int]:
+        """The same, without a look at what is remembered, and remembering nothing."""
         (encoding,) = self._fast.encode_batch_fast([text], add_special_tokens=False)  # without offsets
         return encoding.ids
 

@@ -69,12 +69,12 @@ class PrefixIndex:
             del self._holders[next(iter(self._holders))]
         follower.version = news.version
 
-    def cached_tokens(self, token_ids: Sequence[int]) -> Mapping[str, int]:
+    def cached_tokens(self, token_ids: Sequence[int], extra_keys: tuple[str, ...] = ()) -> Mapping[str, int]:
         """How many leading tokens each engine has cached, of those that have any."""
         cached: dict[str, int] = {}
         for page_size in {follower.page_size for follower in self._engines.values()}:
             followers = {name: each.bit for name, each in self._engines.items() if each.page_size == page_size}
-            lengths = self._walk(page_digests(token_ids, page_size), sum(followers.values()))
+            lengths = self._walk(page_digests(token_ids, page_size, extra_keys), sum(followers.values()))
             cached |= {name: lengths[bit] * page_size for name, bit in followers.items() if bit in lengths}
         return cached
 

@@ -52,7 +52,8 @@ class Request:
     """A request from its arrival to its one outcome.
 
     `on_stop_string(sample)` is called at once when a sample ends by a stop string, which its engine knows nothing of.
-    `answered` has for each sample what its client has already, if anything. `claimant` is who asks.
+    `answered` has for each sample what its client has already, if anything. `claimant` is who asks. Only requests with
+    the same `extra_keys` share cached prefixes.
     """
 
     def __init__(
@@ -66,8 +67,9 @@ class Request:
         on_stop_string: Callable[[int], None],
         answered: Sequence[Answered] = (),
         claimant: Claimant = NOBODY,
+        extra_keys: tuple[str, ...] = (),
     ) -> None:
-        self.id, self.claimant = request_id, claimant
+        self.id, self.claimant, self.extra_keys = request_id, claimant, extra_keys
         self.placement = Placement()  # of its latest attempt
         self.timeline = timeline
         self.broken: set[Placement] = set()  # pairs of engines between which its KV was lost
@@ -136,8 +138,9 @@ class Request:
         """Go to engines with `samples`, for what they do not have yet; prefill has to compute `uncached` tokens."""
         self._last_attempt += 1
         params = self._params if self._cached_tokens is None else replace(self._params, prompt_logprobs=None)
+        prompt, number = self._token_ids, self._last_attempt
         attempt = Attempt(
-            self.id, self._last_attempt, placement, samples, self._token_ids, params, uncached, holder, cached
+            self.id, number, placement, samples, prompt, params, self.extra_keys, uncached, holder, cached
         )
         self._attempts[attempt.number] = attempt
         self.placement = placement

@@ -60,12 +60,15 @@ class Tokenizer:
         (encoding,) = self._fast.encode_batch_fast([text])  # without offsets
         return encoding.ids
 
-    def encode_chat(self, messages: Conversation, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+    def encode_chat(
+        self, messages: Conversation, tools: Sequence[Mapping[str, Any]] = (), *, remember: bool = True
+    ) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer. Raises InvalidRequest."""
         if self._template is None:
             raise InvalidRequest("messages", "a model without a chat template", "use Generate with a plain prompt")
         # The template writes BOS and all other special tokens itself.
-        return self._pieces.encode(self._template.render(messages, tools))
+        text = self._template.render(messages, tools)
+        return self._pieces.encode(text) if remember else self._pieces.tokenise(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of `token_ids`, special tokens left out. Raises InvalidRequest for ids outside the vocabulary."""

@@ -17,6 +17,7 @@ from splitserve.router.output_buffer import Answered
 from splitserve.router.parsers.families import Family
 from splitserve.router.tokenizer import Tokenizer
 
+MOST_SALT = 256  # characters
 SHORT_TEXT = 8192  # characters; longer texts are tokenised in a thread, so that other requests go on
 
 T = TypeVar("T")
@@ -53,8 +54,19 @@ class Validator:
         self._check_length(field, len(prompt))
         return await _off_loop_if_long(self.tokenizer.encode, prompt, len(prompt))
 
-    async def encode_chat(self, messages: Conversation, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's answer, who may call `tools`."""
+    def cache_salt(self, salt: str) -> str:
+        """The salt of a request's prefixes, checked."""
+        if len(salt) > MOST_SALT:
+            raise InvalidRequest("cache_salt", f"{len(salt)} characters", f"give at most {MOST_SALT}")
+        return salt
+
+    async def encode_chat(
+        self, messages: Conversation, tools: Sequence[Mapping[str, Any]] = (), *, remember: bool = True
+    ) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's answer, who may call `tools`.
+
+        `remember` what will come again with its next turn.
+        """
         if not messages:
             raise InvalidRequest("messages", [], "give at least one message")
         length = sum(len(message["role"]) + len(message["content"]) for message in messages)
@@ -64,7 +76,8 @@ class Validator:
                 raise InvalidRequest(f"messages[{index}].role", "", "give a role, such as user")
         length += len(json.dumps([*tools, *(message.get("tool_calls", ()) for message in messages)]))
         self._check_length("tools", length)
-        return await _off_loop_if_long(partial(self.tokenizer.encode_chat, tools=tools), messages, length)
+        encode = partial(self.tokenizer.encode_chat, tools=tools, remember=remember)
+        return await _off_loop_if_long(encode, messages, length)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""

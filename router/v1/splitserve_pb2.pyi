@@ -278,11 +278,14 @@ class GenerateRequest(google.protobuf.message.Message):
     SAMPLING_FIELD_NUMBER: builtins.int
     ANSWERED_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
+    CACHE_SALT_FIELD_NUMBER: builtins.int
     model: builtins.str
     """the served model when empty"""
     text: builtins.str
     priority: builtins.int
     """where not all can go on at once, those with the smallest one do"""
+    cache_salt: builtins.str
+    """only requests with the same one share cached prefixes"""
     @property
     def token_ids(self) -> Global___TokenIds: ...
     @property
@@ -300,9 +303,10 @@ class GenerateRequest(google.protobuf.message.Message):
         sampling: Global___Sampling | None = ...,
         answered: collections.abc.Iterable[Global___Answered] | None = ...,
         priority: builtins.int = ...,
+        cache_salt: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["answered", b"answered", "model", b"model", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["answered", b"answered", "cache_salt", b"cache_salt", "model", b"model", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["prompt", b"prompt"]) -> typing.Literal["text", "token_ids"] | None: ...
 
 Global___GenerateRequest: typing_extensions.TypeAlias = GenerateRequest
@@ -334,10 +338,13 @@ class ChatRequest(google.protobuf.message.Message):
     SAMPLING_FIELD_NUMBER: builtins.int
     ANSWERED_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
+    CACHE_SALT_FIELD_NUMBER: builtins.int
     model: builtins.str
     """the served model when empty"""
     priority: builtins.int
     """where not all can go on at once, those with the smallest one do"""
+    cache_salt: builtins.str
+    """only requests with the same one share cached prefixes"""
     @property
     def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Message]: ...
     @property
@@ -354,9 +361,10 @@ class ChatRequest(google.protobuf.message.Message):
         sampling: Global___Sampling | None = ...,
         answered: collections.abc.Iterable[Global___Answered] | None = ...,
         priority: builtins.int = ...,
+        cache_salt: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["answered", b"answered", "messages", b"messages", "model", b"model", "priority", b"priority", "sampling", b"sampling"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["answered", b"answered", "cache_salt", b"cache_salt", "messages", b"messages", "model", b"model", "priority", b"priority", "sampling", b"sampling"]) -> None: ...
 
 Global___ChatRequest: typing_extensions.TypeAlias = ChatRequest
 

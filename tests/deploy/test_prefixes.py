@@ -20,6 +20,16 @@ PROMPTS = [[*BEGINNING, *DICE.choices(range(3, 250), k=200)] for _ in range(16)]
 FETCHED = "splitserve_prefix_cache_fetched_tokens_total{"
 
 
+async def salted(endpoint: str) -> list[tuple[int, bool]]:
+    """The first token, and whether something of the prompt was cached, with one salt after the other."""
+    found = []
+    async with AsyncClient(endpoint) as client:
+        for salt in ("Ann", "Ann", "Bob", "", "Bob"):
+            completion = await client.generate([3, *BEGINNING], max_tokens=1, cache_salt=salt).result()
+            found.append((completion.samples[0].token_ids[0], completion.summary.usage.cached_tokens > 0))
+    return found
+
+
 async def answers(endpoint: str) -> list[tuple[int, ...]]:
     async with AsyncClient(endpoint) as client:
         await client.generate([*BEGINNING, 3], max_tokens=1).result()
@@ -54,6 +64,9 @@ def test_a_beginning_is_computed_once(tmp_path: Path, tiny_model: Path, device: 
         state = state_of(settings["name"])
         try:
             found.append(asyncio.run(answers(state.endpoints[0])))
+            tokens, cached = zip(*asyncio.run(salted(state.endpoints[0])), strict=True)
+            assert len(set(tokens)) == 1
+            assert cached == (False, True, False, False, True) or replicas == 2
             with urllib.request.urlopen(f"http://{settings['router']['http']}/metrics") as page:
                 lines = [line for line in page.read().decode().splitlines() if line.startswith(FETCHED)]
             fetched = sum(float(line.split()[-1]) for line in lines)

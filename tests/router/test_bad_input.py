@@ -40,6 +40,8 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"stop_token_ids": [HIGHEST + 1]}, "INVALID_ARGUMENT", "stop_token_ids: found"),
     ({"logit_bias": {1: 1000.0}}, "INVALID_ARGUMENT", "logit_bias: found 1000.0"),
     ({"logprobs": 21}, "INVALID_ARGUMENT", "logprobs: found 21"),
+    ({"cache_salt": "x" * 257}, "INVALID_ARGUMENT", "cache_salt: found '257 characters'; give at most 256"),
+    ({"cache_salt": "\ud800"}, "INVALID_ARGUMENT", "surrogate"),
     ({"prompt": "\ud800"}, "INVALID_ARGUMENT", "surrogate"),
     ({"temperature": "hot"}, "INVALID_ARGUMENT", "hot|must be real number|bad argument type"),
     ({"temprature": 1.0}, "INVALID_ARGUMENT", "temprature"),

@@ -24,12 +24,12 @@ def test_the_holder_is_asked_where_fetching_is_faster(fetches: bool, monkeypatch
         holder = cluster.engines["prefill/1/0"]
         holder._behaviour = Behaviour(speed=BUSY, fetches=fetches)
         async with running_router(cluster) as (service, client):
-            monkeypatch.setattr(service.dispatcher.engines.prefixes, "cached_tokens", lambda _: {"prefill/1/0": 64})
-            completion = await client.generate(PROMPT, max_tokens=9).result()
+            monkeypatch.setattr(service.dispatcher.engines.prefixes, "cached_tokens", lambda *_: {"prefill/1/0": 64})
+            completion = await client.generate(PROMPT, max_tokens=9, cache_salt="x").result()
             assert completion.samples[0].token_ids == tuple(echo(PROMPT, 9))
             assert completion.summary.prefill_engine == "prefill/0/0"
-            assert [(prefix.token_ids, prefix.ticket.num_tokens) for prefix in holder.lent] == (
-                [(PROMPT[:65], 64)] if fetches else []
+            assert [(prefix.token_ids, prefix.extra_keys, prefix.ticket.num_tokens) for prefix in holder.lent] == (
+                [(PROMPT[:65], ("x",), 64)] if fetches else []
             )
             assert not cluster.engines["prefill/0/0"].lent
 

@@ -224,6 +224,22 @@ def test_every_sampling_parameter_arrives() -> None:
     assert plain.seed > 2**20  # drawn anew each time: the chance of less is 2**-43
 
 
+@pytest.mark.parametrize(("salt", "keys"), [("for Ann", ("for Ann",)), ("", ())])
+def test_a_salt_keeps_cached_prefixes_apart(salt: str, keys: tuple[str, ...]) -> None:
+    async def scenario(client: AsyncOpenAI, service: RouterService) -> None:
+        body: Any = {"model": MODEL, "max_tokens": 4, "extra_body": {"cache_salt": salt}}
+        await client.completions.create(prompt=TEXT, **body)
+        await client.chat.completions.create(messages=MESSAGES, **body)
+
+    def look(tokens: Any) -> None:
+        seen.update(job.message.extra_keys for engine in cluster.engines.values() for job in engine.jobs.values())
+
+    seen: set[tuple[str, ...]] = set()
+    with FakeCluster(on_step=look) as cluster:
+        run(scenario, cluster)
+    assert seen == {keys}
+
+
 def all_params(cluster: FakeCluster) -> list[Any]:
     return [job.message.params for engine in cluster.engines.values() for job in engine.jobs.values()]
 

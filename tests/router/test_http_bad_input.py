@@ -57,6 +57,9 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage: found True; no such field here"),
     ({"temprature": 1}, "temprature: found 1; no such field here; leave it out"),
     ({"model": 5}, "model: found 5"),
+    ({"cache_salt": 5}, "cache_salt: found 5; it should be a valid string"),
+    ({"cache_salt": "x" * 257}, "cache_salt: found '257 characters'; give at most 256"),
+    ({"cache_salt": "\ud800"}, "cache_salt: found '\\ud800'; give whole characters"),
 ]
 CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages: found []; give at least one message"),

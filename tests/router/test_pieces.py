@@ -101,13 +101,13 @@ def test_tokens_that_depend_on_more_than_their_piece_are_not_remembered(name: st
 
 def test_only_what_is_new_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces, seen = Pieces(byte_level()), list[str]()
-    tokenise = pieces._tokenise
+    tokenise = pieces.tokenise
 
     def note(text: str) -> list[int]:
         seen.append(text)
         return tokenise(text)
 
-    monkeypatch.setattr(pieces, "_tokenise", note)
+    monkeypatch.setattr(pieces, "tokenise", note)
     pieces.encode("<|im_start|>Hello<|im_end|>\n<|im_start|>")
     assert seen == ["Hello", "\n"]
     pieces.encode("<|im_start|>Hello<|im_end|>\n<|im_start|>Hi there")

@@ -106,6 +106,17 @@ def test_an_engine_that_is_gone_is_known_no_more_and_its_bit_serves_the_next_one
     assert index.pages == 0
 
 
+def test_prompts_with_other_keys_are_other_prompts() -> None:
+    index, blocks, prompt = PrefixIndex(), manager(), conversation(1, 20)
+    index.add("a", PAGE)
+    table = blocks.allocate(prompt, ("salt",))
+    assert table is not None
+    blocks.publish(table, prompt, len(prompt))
+    tell(index, "a", blocks)
+    assert index.cached_tokens(prompt, ("salt",)) == {"a": 16}
+    assert index.cached_tokens(prompt, ("pepper",)) == index.cached_tokens(prompt) == {}
+
+
 def test_an_index_holds_no_more_than_it_may() -> None:
     index, blocks = PrefixIndex(most_pages=10), manager(pages=100)
     index.add("a", PAGE)
