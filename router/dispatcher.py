@@ -15,18 +15,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from splitserve.cluster.channel import KV_IDLE_S, CurveKeys
-from splitserve.cluster.errors import DeadlineExceeded, GivenUp, Overloaded, SplitserveError
+from splitserve.cluster.channel import CurveKeys
+from splitserve.cluster.errors import DeadlineExceeded, GivenUp, SplitserveError
 from splitserve.cluster.messages import (
     Busy,
-    Cached,
     Cancel,
     Failed,
     FetchPrefix,
@@ -45,16 +43,8 @@ from splitserve.router.engines import Engines
 from splitserve.router.fair import Claimant, FairSemaphore
 from splitserve.router.metrics import AttemptReason, RouterMetrics, outcome
 from splitserve.router.output_buffer import Answered, SampleOutput
-from splitserve.router.policy import (
-    ANSWER_TOKENS,
-    EngineView,
-    Placement,
-    Wanted,
-    has_room,
-    lateness,
-    place,
-    predicted_ttfts,
-)
+from splitserve.router.placer import Placer
+from splitserve.router.policy import ANSWER_TOKENS, has_room
 from splitserve.router.request import MOST_LOSSES, Chunk, Request, Summary, error_of
 from splitserve.router.tenants import Tenant
 from splitserve.router.timeline import Timeline
@@ -86,16 +76,14 @@ class Dispatcher:
     ) -> None:
         self.admission = Admission(settings.max_queue, settings.max_active)
         self.engines = Engines(identity, keys, worker_timeout_s, self._on_message, self._on_lost)
+        self._placer = Placer(self.engines, settings)
         self.metrics = RouterMetrics(self.admission, self.engines, lambda: self.ready)
         self.recent = RecentRequests()
         self._export = export
         self._identity = identity
-        self._policy, self._slo = settings.policy, settings.slo
         self._new_detokenizer = new_detokenizer
         self._requests: dict[str, Request] = {}
         self._ids = itertools.count(1)
-        self._placements = itertools.count()
-        self._links: dict[Placement, float] = {}  # when KV was last asked to go from prefill to decode
         self._line = FairSemaphore(1)  # of requests that found every engine busy
 
     @property
@@ -217,8 +205,8 @@ class Dispatcher:
             untried = [view for view in decodes if view.engine not in refusals]
             if not prefills or not untried:
                 return min(refusals.values(), default=NO_WORKER_RETRY_S)
-            wanted = self._wanted(request, samples[0])
-            attempt = self._place(request, samples, prefills, untried, wanted)
+            wanted = self._placer.wanted(request, samples[0])
+            attempt = self._placer.place(request, samples, prefills, untried, wanted)
             self.metrics.attempts["busy" if refusals else why].inc()
             prefill, decode = attempt.placement
             room = has_room(next(one for one in untried if one.engine == decode), wanted)
@@ -227,21 +215,6 @@ class Dispatcher:
             if isinstance(reply, Granted):
                 return None
             refusals[decode] = reply.retry_after_s
-
-    def _place(
-        self,
-        request: Request,
-        samples: Sequence[SampleOutput],
-        prefills: Sequence[EngineView],
-        decodes: Sequence[EngineView],
-        wanted: Wanted,
-    ) -> Attempt:
-        """Choose engines for `samples`. Raises Overloaded where their first token would be too late."""
-        placement = place(prefills, decodes, self._policy, next(self._placements), wanted, self._linked())
-        ttft_s, fetch = predicted_ttfts(prefills, wanted)[placement.prefill]
-        self._refuse_late(request, next(one for one in prefills if one.engine == placement.prefill), ttft_s)
-        cached = Cached(self.engines.layout(fetch.holder), fetch.tokens) if fetch.holder else None
-        return request.attempt(samples, placement, wanted.uncached(placement.prefill), fetch.holder, cached)
 
     async def _reserve(self, request: Request, attempt: Attempt, lacking: int, *, early: bool) -> Granted | Busy:
         """Ask decode, which lacks so many tokens, and prefill: once decode has granted or, `early`, at once.
@@ -263,27 +236,8 @@ class Dispatcher:
             raise error_of(reply)
         return reply
 
-    def _wanted(self, request: Request, sample: SampleOutput) -> Wanted:
-        token_ids = request.tokens_of(sample)
-        cached = self.engines.cached_tokens(token_ids, request.extra_keys) if self._policy == "kv_aware" else {}
-        return Wanted(len(token_ids), cached, request.broken, self._slo.tpot_s or math.inf)
-
-    def _refuse_late(self, request: Request, prefill: EngineView, ttft_s: float) -> None:
-        """What would have its first token too late is better told at once. What goes on from earlier is not refused."""
-        if request.placement.decode or request.losses:
-            return
-        limit_s = min(request.remaining_s, (self._slo.ttft_s or math.inf) - request.waited_s)
-        if late_s := lateness(prefill, ttft_s, limit_s):
-            raise Overloaded(f"the first token is predicted {late_s:.1f} s too late", late_s)
-
-    def _linked(self) -> dict[Placement, float]:
-        """Pairs of engines with a way for KV that is still open."""
-        closed_before = time.monotonic() - KV_IDLE_S
-        self._links = {pair: used_at for pair, used_at in self._links.items() if used_at > closed_before}
-        return self._links
-
     def _prefill(self, request: Request, attempt: Attempt) -> None:
-        self._links[attempt.placement] = time.monotonic()
+        self._placer.note(attempt.placement)
         self.engines.place(attempt.placement.prefill, attempt.prefill(request.remaining_s), attempt.uncached)
 
     def _cancel(self, attempt: Attempt, sample: int | None = None) -> None:
