@@ -212,6 +212,7 @@ class KvReceiver:
             self._acknowledge(reception, landing.peer, frame.sequence)
             self._settle(reception)
         else:
+            landing.share.spoil(frame)
             self._ask_again(landing.peer, frame)
         return True
 
@@ -225,7 +226,7 @@ class KvReceiver:
         lifecycle = reception.lifecycle
         if lifecycle.state is TransferState.RESERVED and reception.has_begun:
             lifecycle.move(TransferState.SENDING)
-        if lifecycle.state is TransferState.SENDING and reception.is_complete:
+        if lifecycle.state is TransferState.SENDING and reception.is_complete and not reception.landings:
             # Frames are checked one by one as they land, so the last one verifies all.
             lifecycle.move(TransferState.LANDED, TransferState.VERIFIED)
             self._events.append(Verified(reception.incoming.transfer_id, reception.hand_off))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from splitserve.cluster.layout import KvLayout
@@ -49,15 +50,24 @@ class Share:
         return self.is_complete or (frame.layers, frame.tokens) in self._frames
 
     def mark(self, frame: KvFrame) -> None:
-        start = self.piece.start_token
-        part = self._landed[slice(*frame.layers), frame.tokens[0] - start : frame.tokens[1] - start]
+        part = self._part(frame)
         self._missing -= part.size - int(np.count_nonzero(part))
         part[:] = True
         self._frames.add((frame.layers, frame.tokens))
 
+    def spoil(self, frame: KvFrame) -> None:
+        """Something else than what is owed was written where the frame goes: that is missing, again if it was here."""
+        part = self._part(frame)
+        self._missing += int(np.count_nonzero(part))
+        part[:] = False
+
     @property
     def is_complete(self) -> bool:
         return self._missing == 0
+
+    def _part(self, frame: KvFrame) -> npt.NDArray[np.bool_]:
+        start = self.piece.start_token
+        return self._landed[slice(*frame.layers), frame.tokens[0] - start : frame.tokens[1] - start]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import RankEndpoint, Ticket
+from splitserve.kv_transfer.checksum import checksum
 from splitserve.kv_transfer.lifecycle import Lifecycle, TransferState
 from splitserve.kv_transfer.memory import Faults
 from splitserve.kv_transfer.mover import Move
@@ -491,6 +493,46 @@ def test_headers_at_random_never_raise_and_never_write() -> None:
     assert receiver.rejected > 1000
     assert sender.rejected > 1000
     assert_same(pair.target_caches[0], poisoned_cache(pair.target, pair.num_pages))
+
+
+def test_what_was_written_over_wrongly_is_missing_again() -> None:
+    """A sender cuts the same tokens once more, in another way, and their payload is damaged."""
+    pair = Pair(layout(1, layers=1), layout(1, layers=1), copies_take_s=1.0)
+    ticket, receiver, device = pair.open("r/0", [0, 1], 0, 8, WINDOW), pair.receivers[0], pair.devices[1]
+    dense = dense_kv(pair.source, 8)
+
+    def send(sequence: int, tokens: tuple[int, int], *, damaged: bool = False) -> list[object]:
+        """Send a frame and wait for its end."""
+        payload = dense[:, :, :, slice(*tokens)].contiguous().view(torch.uint8).flatten()
+        frame = KvFrame("r/0", ticket.epoch, 0, 0, sequence, (0, 1), tokens, 0, 0, HAND_OFF)
+        frame = replace(frame, checksum=checksum(payload, frame.identity()) + damaged)
+        pair.network.post("target/0", "source/0", seal(frame), payload.numpy().tobytes())
+        events: list[object] = [*receiver.poll()]
+        while device.busy:
+            pair.tick(0.1)
+        return [*events, *receiver.poll()]
+
+    assert send(1, (0, 6)) == []
+    assert send(2, (2, 5), damaged=True) == []
+    assert send(3, (6, 8)) == []
+    assert send(2, (2, 5)) == [Verified("r/0", HAND_OFF)]
+    assert_same(pair.target_caches[0], expected_cache(pair.target, 0, pair.num_pages, [0, 1], dense, range(8)))
+
+
+def test_no_transfer_is_verified_while_something_is_being_written() -> None:
+    pair, _ = slow_pair(1.0)
+    receiver, reception = pair.receivers[0], pair.receivers[0]._receptions["r/0"]
+    while not reception.landings:
+        pair.step(0.1)
+    (landing,) = reception.landings.values()
+    landing.share.mark(landing.frame)
+    receiver._settle(reception)
+    while pair.devices[1].busy:
+        assert reception.lifecycle.state is TransferState.SENDING
+        pair.senders[0].pump()
+        assert receiver.poll() == []
+        pair.tick(0.1)
+    assert receiver.poll() == [Verified("r/0", HAND_OFF)]
 
 
 def test_a_hand_off_from_another_rank_is_refused() -> None:
