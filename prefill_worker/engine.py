@@ -179,7 +179,7 @@ class PrefillEngine:
             transfers=traffic.transfers,
             links_up=traffic.links_up,
             speed=EngineSpeed(
-                self._prompts.tokens,
+                self._pending_tokens,
                 self._limits.chunk_tokens,
                 *self._batch_times.line,
                 fetched_token_s=0.0 if self._fetcher is None else self._fetcher.token_s,
@@ -211,7 +211,7 @@ class PrefillEngine:
         stop = min(message.cached.num_tokens, tokens - 1) // page_size * page_size
         lacking = stop - (tokens - request.uncached)
         if lacking > 0 and not self._fetcher.follow(request, stop) and self._open(request):
-            (batch_s, token_s), waiting = self._batch_times.line, self._prompts.tokens
+            (batch_s, token_s), waiting = self._batch_times.line, self._pending_tokens
             compute_s = -(-waiting // self._limits.chunk_tokens) * batch_s + waiting * token_s
             self._fetcher.begin(request, stop, compute_s or UNKNOWN_PATIENCE_S)
 
@@ -224,6 +224,11 @@ class PrefillEngine:
         request.ticket = item.ticket
         if request.sequence.table is not None:
             self._outlet.send_to(item.ticket)
+
+    @property
+    def _pending_tokens(self) -> int:
+        """Prompt tokens that are computed before those of a prompt that comes now, those on the device included."""
+        return self._prompts.tokens + sum(launched.prompt_tokens for launched in self._under_way)
 
     def _check(self, item: Prefill) -> None:
         self._limits.model.check(item)

@@ -47,7 +47,7 @@ class PrefixFetcher:
         for fetch in self._under_way.values():
             if (fetch.stop_token, fetch.request.message.token_ids[:stop_token]) == (stop_token, beginning):
                 fetch.followers.append(request)
-                request.fetching = True
+                request.fetching = fetch.request.fetching
                 return True
         return False
 
@@ -58,8 +58,8 @@ class PrefixFetcher:
         ticket = self._inlet.open(transfer_id, message.cached.source, request.table, stop_token)
         if ticket is None:
             return
-        self._under_way[transfer_id] = _Fetch(request, stop_token, self._clock(), patience_s)
-        request.fetching = True
+        self._under_way[transfer_id] = fetch = _Fetch(request, stop_token, self._clock(), patience_s)
+        request.fetching = fetch.tokens
         self._send(request.router, FetchPrefix(message.request_id, message.attempt, ticket))
         self._inlet.expect(transfer_id)
 
@@ -83,7 +83,7 @@ class PrefixFetcher:
         """Give up what is fetched for `request`, if anything is."""
         if (fetch := self._under_way.pop(_transfer_id(request), None)) is not None:
             for waiting in (request, *fetch.followers):
-                waiting.fetching = False
+                waiting.fetching = 0
             self._inlet.close(_transfer_id(request))
 
     def _end(self, fetch: _Fetch) -> None:

@@ -17,7 +17,8 @@ from splitserve.engine.sequence import Sequence
 class PromptRequest:
     """`uncached`: prompt tokens that no cache had when it came. Times are the engine's clock's.
 
-    `ticket` says where its KV goes, once decode has granted that. While `fetching`, part of its KV is on its way here.
+    `ticket` says where its KV goes, once decode has granted that. The KV of so many tokens more is on its way here as
+    `fetching` says.
     """
 
     router: bytes
@@ -26,7 +27,7 @@ class PromptRequest:
     arrived: float
     uncached: int
     ticket: Ticket | None = None
-    fetching: bool = False
+    fetching: int = 0
     started: float = 0.0
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 

@@ -48,5 +48,5 @@ class Prompts:
 
     @property
     def tokens(self) -> int:
-        """All that are to be computed, less what was cached of waiting prompts when they came."""
-        return self.running_tokens + sum(request.uncached for request in self.waiting)
+        """All that are to be computed, less what was cached of waiting prompts when they came and what is fetched."""
+        return self.running_tokens + sum(request.uncached - request.fetching for request in self.waiting)

@@ -34,9 +34,9 @@ from splitserve.router.policy import Placement
 class Attempt:
     """Number `number` of a request, for `samples` with consecutive indices that stand at the same token.
 
-    `reply` ends the wait for decode's leave. `joined`: decode has all that it needs of prefill. `uncached`: how many
-    tokens prefill is expected to compute, unless it fetches what engine `holder` has `cached`. `early` is what prefill
-    has answered before decode has.
+    `reply` ends the wait for decode's leave. `joined`: decode has all that it needs of prefill. `to_compute`: how many
+    tokens prefill is expected to compute, once it has fetched what engine `holder` has `cached`. `early` is what
+    prefill has answered before decode has.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class Attempt:
         prompt: list[int],
         params: SamplingParams,
         extra_keys: tuple[str, ...],
-        uncached: int,
+        to_compute: int,
         holder: str = "",
         cached: Cached | None = None,
     ) -> None:
-        self.number, self.placement, self.samples, self.uncached = number, placement, samples, uncached
+        self.number, self.placement, self.samples, self.to_compute = number, placement, samples, to_compute
         self.holder, self._cached = holder, cached
         self.reply: asyncio.Future[Granted | Busy | Failed] = asyncio.get_running_loop().create_future()
         self.joined = False

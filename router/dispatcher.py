@@ -238,7 +238,7 @@ class Dispatcher:
 
     def _prefill(self, request: Request, attempt: Attempt) -> None:
         self._placer.note(attempt.placement)
-        self.engines.place(attempt.placement.prefill, attempt.prefill(request.remaining_s), attempt.uncached)
+        self.engines.place(attempt.placement.prefill, attempt.prefill(request.remaining_s), attempt.to_compute)
 
     def _cancel(self, attempt: Attempt, sample: int | None = None) -> None:
         for engine in set(attempt.placement):
@@ -272,8 +272,11 @@ class Dispatcher:
         del self._requests[request.id]
         for task in request.tasks:
             task.cancel()
-        for attempt in request.held:
-            self._cancel(attempt)
+        for attempt in request.attempts:
+            if attempt.is_held:
+                self._cancel(attempt)
+            else:
+                self.engines.over(attempt.placement.decode, request.id, attempt.number)
         outcome = {"request_id": request.id, "finished": request.finished, "tenant": request.claimant.tenant}
         log.info("request over", extra=outcome)
 

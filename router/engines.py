@@ -12,13 +12,57 @@ from typing import Any
 
 from splitserve.cluster.channel import CurveKeys, RouterChannel
 from splitserve.cluster.layout import KvLayout
-from splitserve.cluster.messages import EngineSpeed, EngineStats, Heartbeat, Member, Prefill, PrefixUpdate, Reserve
+from splitserve.cluster.messages import (
+    Busy,
+    Cancel,
+    EngineSpeed,
+    EngineStats,
+    Failed,
+    FirstToken,
+    Heartbeat,
+    Member,
+    Prefill,
+    PrefixUpdate,
+    Reserve,
+)
 from splitserve.router.policy import EngineView
 from splitserve.router.prefix_index import PrefixIndex
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
+
+
+class LoadChange:
+    """What an engine has been given and has done with since its last stats, as far as its router knows.
+
+    Stats come twice a second, in which an engine may have begun and ended many prompts. Both counts may be negative.
+    """
+
+    def __init__(self) -> None:
+        self.requests = self.tokens = 0
+        self.lacking: dict[tuple[str, int], int] = {}  # tokens that an attempt's engine does not have yet
+
+    def placed(self, attempt: tuple[str, int], tokens: int) -> None:
+        """The engine lacks so many tokens of this attempt, which may be new to it."""
+        self.requests += attempt not in self.lacking
+        self.tokens += tokens - self.lacking.get(attempt, 0)
+        self.lacking[attempt] = tokens
+
+    def computed(self, attempt: tuple[str, int]) -> None:
+        """The engine lacks nothing of this attempt any more, but goes on with it."""
+        if attempt in self.lacking:
+            self.placed(attempt, 0)
+
+    def over(self, attempt: tuple[str, int]) -> None:
+        """The engine has done with this attempt, if it had it."""
+        if (tokens := self.lacking.pop(attempt, None)) is not None:
+            self.requests -= 1
+            self.tokens -= tokens
+
+    def heard(self) -> None:
+        """Stats have come that say all of it."""
+        self.requests = self.tokens = 0
 
 
 class Engine:
@@ -32,7 +76,7 @@ class Engine:
         self.stats: EngineStats | None = None
         self.last_seen = time.monotonic()
         self.ready = False
-        self.placed = self.placed_tokens = 0  # requests given to it since its last stats, and what they lack
+        self.change = LoadChange()
 
     @property
     def is_open(self) -> bool:
@@ -42,13 +86,13 @@ class Engine:
     @property
     def view(self) -> EngineView:
         """What placement needs to know of it."""
-        stats = self.stats
+        stats, change = self.stats, self.change
         return EngineView(
             engine=self.member.engine,
             role=self.member.role,
-            load=self.placed + (stats.running + stats.waiting if stats else 0),
-            placed=self.placed,
-            placed_tokens=self.placed_tokens,
+            load=max(change.requests + (stats.running + stats.waiting if stats else 0), 0),
+            placed=change.requests,
+            placed_tokens=change.tokens,
             free_tokens=stats.free_tokens if stats else 0,
             slots=stats.slots if stats else 0,
             fetches=bool(stats and stats.role == "prefill" and stats.staging.total),
@@ -117,16 +161,22 @@ class Engines:
         return {name: tokens for name, tokens in cached.items() if self._engines[name].is_open}
 
     def place(self, name: str, message: Reserve | Prefill, tokens: int) -> None:
-        """Send a request to engine `name`. Until its next stats it counts in its load, with the `tokens` it lacks."""
-        if name in self._engines:
-            self._engines[name].placed += 1
-            self._engines[name].placed_tokens += tokens
-        self.send(name, message)
+        """Send a request to engine `name`, which lacks `tokens` of it: they count in its load at once."""
+        if (engine := self._engines.get(name)) is not None:
+            engine.change.placed((message.request_id, message.attempt), tokens)
+            self.send(name, message)
 
     def send(self, name: str, message: object) -> None:
         """Send without waiting; to an engine that is gone, nothing."""
         if (engine := self._engines.get(name)) is not None:
+            if type(message) is Cancel and message.sample is None:
+                engine.change.over((message.request_id, message.attempt))
             engine.channel.send(message)
+
+    def over(self, name: str, request_id: str, attempt: int) -> None:
+        """Engine `name` has ended an attempt by itself."""
+        if (engine := self._engines.get(name)) is not None:
+            engine.change.over((request_id, attempt))
 
     def close(self) -> None:
         """Disconnect."""
@@ -148,7 +198,16 @@ class Engines:
         elif type(message) is PrefixUpdate:
             self._learn(engine, message)
         else:
+            if isinstance(message, FirstToken | Busy | Failed):
+                self._count(engine, message)
             self._on_message(engine.member.engine, message)
+
+    def _count(self, engine: Engine, message: FirstToken | Busy | Failed) -> None:
+        attempt = message.request_id, message.attempt
+        if isinstance(message, FirstToken) and engine.member.role == "colocated":
+            engine.change.computed(attempt)
+        else:
+            engine.change.over(attempt)
 
     async def _watch(self, engine: Engine) -> None:
         """Send heartbeats, and notice silence."""
@@ -165,7 +224,8 @@ class Engines:
             if engine.ready:
                 self._lose(engine, "restarted")
             return
-        engine.stats, engine.placed, engine.placed_tokens = stats, 0, 0
+        engine.stats = stats
+        engine.change.heard()
         engine.last_seen = time.monotonic()
         engine.ready = True
 

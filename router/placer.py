@@ -45,7 +45,8 @@ class Placer:
         ttft_s, fetch = predicted_ttfts(prefills, wanted)[placement.prefill]
         self._refuse_late(request, next(one for one in prefills if one.engine == placement.prefill), ttft_s)
         cached = Cached(self._engines.layout(fetch.holder), fetch.tokens) if fetch.holder else None
-        return request.attempt(samples, placement, wanted.uncached(placement.prefill), fetch.holder, cached)
+        to_compute = wanted.uncached(fetch.holder or placement.prefill)
+        return request.attempt(samples, placement, to_compute, fetch.holder, cached)
 
     def note(self, pair: Placement) -> None:
         """KV will go from `pair`'s prefill engine to its decode engine."""

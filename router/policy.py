@@ -18,16 +18,16 @@ NEW_LINK_S = 0.005  # what KV may be late by when it is the first to go between 
 FETCH_S = 0.005  # that a prefix from another engine takes, however short
 FETCH_SPEEDUP = 4  # of a prefix that is fetched over one that is computed, until an engine has seen it
 UNKNOWN = EngineSpeed(token_s=1.0)
-TIE_S = 0.002  # costs that differ by less are equal, and engines take turns
+TIE_S = 0.002  # costs that differ by less are equal: engines take turns, and nothing is fetched
 
 
 @dataclass(frozen=True)
 class EngineView:
     """One engine that can take requests. `load` counts the requests it runs or has waiting.
 
-    `placed` of these were placed since it last spoke, with `placed_tokens` prompt tokens to compute. `free_tokens` is
-    the KV room that it has left, as it last said, and `slots` how many it decodes at once. One that `fetches` can have
-    prefixes sent to it that other engines have cached.
+    `placed` more of these than ended were placed since it last spoke, and `placed_tokens` more to compute than it has
+    computed: either may be negative. `free_tokens` is the KV room that it has left, as it last said, and `slots` how
+    many it decodes at once. One that `fetches` can have prefixes sent to it that other engines have cached.
     """
 
     engine: str
@@ -39,6 +39,11 @@ class EngineView:
     slots: int = 0
     speed: EngineSpeed = field(default_factory=EngineSpeed)
     fetches: bool = False
+
+    @property
+    def waiting_tokens(self) -> int:
+        """That it has to compute before it begins with another prompt."""
+        return max(self.speed.pending_tokens + self.placed_tokens, 0)
 
 
 class Placement(NamedTuple):
@@ -108,9 +113,9 @@ def place(
 def predicted_ttfts(prefills: Sequence[EngineView], wanted: Wanted) -> dict[str, tuple[float, Fetch]]:
     """Seconds to the first token on each prefill engine, and what it should fetch for that.
 
-    It computes what waits there and what it lacks of the prompt, or fetches some of that, while it computes what waits,
-    from the engine that has most cached. An engine that has computed nothing yet is taken to be as fast as the others;
-    where all are new, in tokens.
+    It computes what waits there and then what it lacks of the prompt, or fetches some of that, while it computes what
+    waits, from the engine that has most cached. An engine that has computed nothing yet is taken to be as fast as the
+    others; where all are new, in tokens.
     """
     seen = [one.speed for one in prefills if one.speed.is_known]
     typical = min(seen, key=lambda speed: speed.batch_s + speed.batch_tokens * speed.token_s, default=UNKNOWN)
@@ -118,14 +123,15 @@ def predicted_ttfts(prefills: Sequence[EngineView], wanted: Wanted) -> dict[str,
     times = {}
     for one in prefills:
         speed = one.speed if one.speed.is_known else typical
-        waiting, uncached = one.speed.pending_tokens + one.placed_tokens, wanted.uncached(one.engine)
-        times[one.engine] = _compute_s(speed, waiting + uncached), NO_FETCH
+        waiting_s, uncached = _compute_s(speed, one.waiting_tokens), wanted.uncached(one.engine)
+        computed_s = waiting_s + _compute_s(speed, uncached)
+        times[one.engine] = computed_s, NO_FETCH
         lacking = most.tokens - wanted.cached.get(one.engine, 0)
         if one.fetches and lacking > 0:
             fetch_s = FETCH_S + lacking * (one.speed.fetched_token_s or speed.token_s / FETCH_SPEEDUP)
-            rest_s = _compute_s(speed, waiting + max(uncached - lacking, 1)) - _compute_s(speed, waiting)
-            fetched = max(_compute_s(speed, waiting), fetch_s) + rest_s, most
-            times[one.engine] = min(times[one.engine], fetched)
+            fetched_s = max(waiting_s, fetch_s) + _compute_s(speed, max(uncached - lacking, 1))
+            if fetched_s < computed_s - TIE_S:
+                times[one.engine] = fetched_s, most
     return times
 
 
@@ -143,7 +149,7 @@ def lateness(prefill: EngineView, ttft_s: float, limit_s: float) -> float:
 
     0 for an engine that is new, or that has nothing to do: what it was seen to take may be long ago.
     """
-    if not prefill.speed.is_known or not prefill.speed.pending_tokens + prefill.placed_tokens:
+    if not prefill.speed.is_known or not prefill.waiting_tokens:
         return 0.0
     return max(ttft_s - limit_s, 0.0)
 

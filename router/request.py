@@ -110,9 +110,14 @@ class Request:
         return max(sample.losses for sample in self.samples)
 
     @property
+    def attempts(self) -> list[Attempt]:
+        """Those that go on, or have ended well."""
+        return list(self._attempts.values())
+
+    @property
     def held(self) -> list[Attempt]:
         """Attempts of which engines may hold something."""
-        return [attempt for attempt in self._attempts.values() if attempt.is_held]
+        return [attempt for attempt in self.attempts if attempt.is_held]
 
     @property
     def stage(self) -> str:
@@ -131,16 +136,16 @@ class Request:
         self,
         samples: Sequence[SampleOutput],
         placement: Placement,
-        uncached: int,
+        to_compute: int,
         holder: str = "",
         cached: Cached | None = None,
     ) -> Attempt:
-        """Go to engines with `samples`, for what they do not have yet; prefill has to compute `uncached` tokens."""
+        """Go to engines with `samples`, for what they do not have yet; prefill has so many `to_compute`."""
         self._last_attempt += 1
         params = self._params if self._cached_tokens is None else replace(self._params, prompt_logprobs=None)
         prompt, number = self._token_ids, self._last_attempt
         attempt = Attempt(
-            self.id, number, placement, samples, prompt, params, self.extra_keys, uncached, holder, cached
+            self.id, number, placement, samples, prompt, params, self.extra_keys, to_compute, holder, cached
         )
         self._attempts[attempt.number] = attempt
         self.placement = placement

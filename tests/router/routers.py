@@ -80,7 +80,9 @@ async def running_router(
         try:
             yield service, client
         finally:
+            engines = list(service.dispatcher.engines)
             await service.stop()
+            assert not any(engine.change.lacking for engine in engines), "of requests that are over"
 
 
 async def engines_ready(client: AsyncClient) -> None:
