@@ -267,20 +267,21 @@ class EngineSpeed:
     """How fast an engine has been lately, and what lies before it; 0 where it has not been seen at it.
 
     `pending_tokens`: prompt tokens that it has yet to compute, in batches of up to `batch_tokens`; one of n takes
-    `batch_s + n * token_s`. `step_s`: of a decode step, while any was running. `fetched_token_s`: of a cached token
-    that came from another engine.
+    `batch_s + n * token_s`; the last one ended `rested_s` ago. `step_s`: of a decode step, while any was running.
+    `fetched_token_s`: of a cached token that came from another engine.
     """
 
     pending_tokens: int = 0
     batch_tokens: int = 1
     batch_s: float = 0.0
     token_s: float = 0.0
+    rested_s: float = 0.0
     step_s: float = 0.0
     fetched_token_s: float = 0.0
 
     @property
     def is_known(self) -> bool:
-        """Whether it has computed a prompt."""
+        """Whether it has computed prompts enough to tell."""
         return bool(self.batch_s or self.token_s)
 
 

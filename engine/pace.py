@@ -11,25 +11,33 @@ KEPT = 0.9  # of what was seen before, with each new look
 class BatchTimes:
     """What batches of tokens take that follow one another; the time between them does not count.
 
-    Sizes within a factor of two are kept apart: many small batches must not hide what a large one takes. `clock` gives
-    seconds, monotonic.
+    Sizes within a factor of two are kept apart: many small batches must not hide what a large one takes. The first one
+    of a size is not counted, as it may have had kernels to compile. `clock` gives seconds, monotonic.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock, self._last_end = clock, 0.0
-        self._means: dict[int, tuple[float, float]] = {}  # tokens and seconds, by the length of tokens in bits
+        self._begun: set[int] = set()  # lengths of numbers of tokens in bits
+        self._means: dict[int, tuple[float, float]] = {}  # tokens and seconds, by that length
 
     def ended(self, tokens: int, began: float) -> None:
         """A batch that was launched at `began` has ended just now. It ran once the one before it had ended."""
-        now = self._clock()
-        seconds = now - max(began, self._last_end)
-        known = self._means.get(tokens.bit_length(), (tokens, seconds))
-        self._means[tokens.bit_length()] = _mixed(known[0], tokens), _mixed(known[1], seconds)
+        now, size = self._clock(), tokens.bit_length()
+        if size in self._begun:
+            seconds = now - max(began, self._last_end)
+            known = self._means.get(size, (tokens, seconds))
+            self._means[size] = _mixed(known[0], tokens), _mixed(known[1], seconds)
+        self._begun.add(size)
         self._last_end = now
 
     @property
+    def rested_s(self) -> float:
+        """Seconds since the last batch ended."""
+        return self._clock() - self._last_end
+
+    @property
     def line(self) -> tuple[float, float]:
-        """Seconds of any batch, and of each token more, by least squares; zeros before the first one.
+        """Seconds of any batch, and of each token more, by least squares; zeros before any is counted.
 
         While all have had about one size, tokens are taken to cost nothing: what is much larger is to be tried.
         """

@@ -182,6 +182,7 @@ class PrefillEngine:
                 self._pending_tokens,
                 self._limits.chunk_tokens,
                 *self._batch_times.line,
+                rested_s=0.0 if self._under_way else self._batch_times.rested_s,
                 fetched_token_s=0.0 if self._fetcher is None else self._fetcher.token_s,
             ),
         )

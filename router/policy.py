@@ -18,6 +18,7 @@ NEW_LINK_S = 0.005  # what KV may be late by when it is the first to go between 
 FETCH_S = 0.005  # that a prefix from another engine takes, however short
 FETCH_SPEEDUP = 4  # of a prefix that is fetched over one that is computed, until an engine has seen it
 UNKNOWN = EngineSpeed(token_s=1.0)
+STALE_S = 5.0  # after which an engine that computes nothing may be as fast as any other again
 TIE_S = 0.002  # costs that differ by less are equal: engines take turns, and nothing is fetched
 
 
@@ -114,15 +115,16 @@ def predicted_ttfts(prefills: Sequence[EngineView], wanted: Wanted) -> dict[str,
     """Seconds to the first token on each prefill engine, and what it should fetch for that.
 
     It computes what waits there and then what it lacks of the prompt, or fetches some of that, while it computes what
-    waits, from the engine that has most cached. An engine that has computed nothing yet is taken to be as fast as the
-    others; where all are new, in tokens.
+    waits, from the engine that has most cached. An engine that has computed nothing yet, or nothing lately, is taken to
+    be as fast as the fastest: a slow one is tried again. Where all are new, it is tokens in place of seconds.
     """
     seen = [one.speed for one in prefills if one.speed.is_known]
     typical = min(seen, key=lambda speed: speed.batch_s + speed.batch_tokens * speed.token_s, default=UNKNOWN)
     most = max(starmap(Fetch, wanted.cached.items()), key=lambda most: most.tokens, default=NO_FETCH)
     times = {}
     for one in prefills:
-        speed = one.speed if one.speed.is_known else typical
+        current = one.speed.is_known and one.speed.rested_s < STALE_S
+        speed = one.speed if current else typical
         waiting_s, uncached = _compute_s(speed, one.waiting_tokens), wanted.uncached(one.engine)
         computed_s = waiting_s + _compute_s(speed, uncached)
         times[one.engine] = computed_s, NO_FETCH

@@ -29,8 +29,11 @@ def line_of(batches: Sequence[tuple[int, float]]) -> tuple[float, float]:
     return times.line
 
 
-def test_nothing_is_known_before_the_first_batch() -> None:
+def test_nothing_is_known_before_a_second_batch_of_a_size() -> None:
+    """The first one may have had a kernel to compile."""
     assert line_of([]) == (0.0, 0.0)
+    assert line_of([(20, 1.0), (2000, 1.0)]) == (0.0, 0.0)
+    assert line_of([(20, 1.0), (2000, 1.0), (20, 0.01)]) == pytest.approx((0.01, 0.0))
 
 
 def test_while_all_have_one_size_tokens_cost_nothing() -> None:
@@ -48,15 +51,15 @@ def test_a_line_is_found_through_its_noise(seed: int) -> None:
 
 
 def test_a_large_batch_is_not_forgotten_among_small_ones() -> None:
-    batch_s, token_s = line_of([(2048, 0.03), *[(10, 0.01)] * 1000])
+    batch_s, token_s = line_of([(2048, 0.03), (2048, 0.03), *[(10, 0.01)] * 1000])
     assert batch_s + 2048 * token_s == pytest.approx(0.03)
 
 
 def test_neither_part_is_negative() -> None:
-    batch_s, token_s = line_of([(20, 1.0), (2000, 0.02)])  # the first one had a kernel to compile
+    batch_s, token_s = line_of([(20, 1.0), (2000, 0.02)] * 2)  # something else has held up the small ones
     assert batch_s == pytest.approx(0.51)
     assert token_s == 0.0
-    batch_s, token_s = line_of([(100, 0.001), (200, 0.1)])
+    batch_s, token_s = line_of([(100, 0.001), (200, 0.1)] * 2)
     assert batch_s == 0.0
     assert 1e-4 < token_s < 1e-3
 
@@ -65,8 +68,9 @@ def test_batches_that_overlap_take_their_own_time() -> None:
     clock = Clock()
     times = BatchTimes(clock)
     began = clock.now
-    clock.now += 0.02
-    times.ended(512, began)
-    clock.now += 0.02
-    times.ended(512, began)  # launched beside the first one, run behind it
+    for _ in range(3):  # launched at once, run one after another
+        clock.now += 0.02
+        times.ended(512, began)
     assert times.line == pytest.approx((0.02, 0.0))
+    clock.now += 4.0
+    assert times.rested_s == pytest.approx(4.0)

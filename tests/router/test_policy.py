@@ -116,6 +116,17 @@ def test_what_batches_take_counts_by_the_batch() -> None:
     assert prefill_of([engine("a", 0), engine("warm", 6200)], wanted) == "a"
 
 
+def test_a_slow_engine_is_tried_again() -> None:
+    """Else one slow batch, long ago, would keep all prompts away from it."""
+
+    def slow(rested_s: float) -> EngineView:
+        return EngineView("slow", "prefill", 0, speed=EngineSpeed(0, 1, 0.0, 1e-2, rested_s))
+
+    assert prefill_of([slow(0.1), fast("busy", 500)], Wanted(tokens=1000)) == "busy"
+    assert prefill_of([slow(60.0), fast("busy", 500)], Wanted(tokens=1000)) == "slow"
+    assert prefill_of([slow(60.0), fast("idle")], Wanted(tokens=1000, cached={"idle": 500})) == "idle"
+
+
 def test_decode_goes_where_the_answer_is_done_first() -> None:
     assert decode_of([decoding("a", 20, 0.010), decoding("b", 14, 0.009)]) == "b"
     assert decode_of([decoding("a", 20, 0.010), decoding("b", 25, 0.005)]) == "b"
@@ -151,8 +162,8 @@ def test_equal_engines_take_turns_and_linked_ones_come_first() -> None:
 
 def test_colocated_engines_are_chosen_for_both_of_their_parts() -> None:
     both = [
-        EngineView("a", "colocated", 4, free_tokens=9000, slots=64, speed=EngineSpeed(0, 1, 0.0, 1e-4, 0.01)),
-        EngineView("b", "colocated", 4, free_tokens=9000, slots=64, speed=EngineSpeed(4000, 1, 0.0, 1e-4, 0.01)),
+        EngineView("a", "colocated", 4, free_tokens=9000, slots=64, speed=EngineSpeed(0, 1, 0.0, 1e-4, step_s=0.01)),
+        EngineView("b", "colocated", 4, free_tokens=9000, slots=64, speed=EngineSpeed(4000, 1, 0.0, 1e-4, step_s=0.01)),
     ]
     assert place(both, both, "kv_aware", 0, Wanted(tokens=2000)) == ("a", "a")
     assert place(both, both, "kv_aware", 0, Wanted(tokens=6000, cached={"b": 5900})) == ("b", "b")
