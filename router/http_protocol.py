@@ -41,6 +41,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._most: int | None = None  # bytes of what is being taken; None between requests
         self._refusal = (400, "this is no HTTP request")
         self._timer: asyncio.TimerHandle | None = None
+        self._closes = False  # once this request is over
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -80,11 +81,19 @@ class BoundedProtocol(HttpToolsProtocol):
             raise _Refused
         self._expect(MAX_MESSAGE_BYTES, BODY_S)
         super().on_headers_complete()
+        # An answer that comes before all of the body must not close the connection: bytes that nobody reads reset it,
+        # and the answer is lost.
+        self._closes = not self.cycle.keep_alive
+        self.cycle.keep_alive = True
 
     def on_message_complete(self) -> None:
         self._most = None
         self._end_timer()
         super().on_message_complete()
+        if self._closes:
+            self.cycle.keep_alive = False
+            if self.cycle.response_complete:
+                self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         """What uvicorn calls when the parser fails; ours says why, as all errors do."""

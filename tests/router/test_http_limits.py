@@ -15,6 +15,7 @@ import pytest
 from splitserve.router import http_protocol
 from splitserve.router.fake_cluster import FakeCluster
 from splitserve.router.fake_engine import Behaviour
+from splitserve.router.http_body import MAX_BODY_BYTES
 from splitserve.router.http_protocol import MAX_HEAD_BYTES, MAX_HEADERS, MAX_MESSAGE_BYTES
 from splitserve.router.service import RouterService
 from tests.router.routers import running_router
@@ -161,6 +162,25 @@ def test_who_goes_on_sending_after_the_answer_is_cut_off(monkeypatch: pytest.Mon
         reader, writer = await connect(service)
         writer.write(b"POST /none HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n")
         assert (await last_answer(reader, writer))[0] in (404, 408), "404, then cut off"
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+def test_who_sends_all_before_reading_is_told_why_it_was_too_much(version: bytes) -> None:
+    """To close a connection with bytes unread resets it, and the answer is lost."""
+
+    async def scenario(service: RouterService) -> None:
+        for size in (MAX_BODY_BYTES + 1, MAX_MESSAGE_BYTES - 1000):
+            reader, writer = await connect(service)
+            head = b"POST /v1/completions HTTP/%s\r\nhost: x\r\nconnection: close\r\n" % version
+            writer.write(head + b"content-length: %d\r\n\r\n" % size)
+            for start in range(0, size, 1 << 20):
+                writer.write(b"x" * min(1 << 20, size - start))
+                await writer.drain()
+                await asyncio.sleep(0.001)
+            expected = (413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+            assert await last_answer(reader, writer) == expected, "and closed: it is read to its end"
 
     run(scenario)
 
