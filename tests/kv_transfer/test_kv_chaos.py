@@ -114,7 +114,7 @@ def test_between_gpus(transport: Literal["cuda_ipc", "nccl", "shm"], faults: int
     )
     report = run(setup, faults, gap_s=(0.5, 2.0), requests=200, seed=seed)
     # With NCCL, what waits for a whole device waits for a payload that never comes until its link is given up. Ranks
-    # that share a GPU wait while the driver makes the other one's context. On GPUs of their own 0.2 s were seen, probably
-    # while the driver took down the context of a process that was killed.
+    # that share a GPU wait while the driver makes the other one's context. On GPUs of their own 0.2 s were seen,
+    # probably while the driver took down the context of a process that was killed.
     alone = torch.cuda.device_count() >= 4
     check(report, faults, longest_pass_s=0.3 if alone and transport != "nccl" else 0.5)
