@@ -284,6 +284,10 @@ class EngineSpeed:
         """Whether it has computed prompts enough to tell."""
         return bool(self.batch_s or self.token_s)
 
+    def compute_s(self, tokens: int) -> float:
+        """Seconds that so many prompt tokens take, in as few batches as they fit in."""
+        return -(-tokens // self.batch_tokens) * self.batch_s + tokens * self.token_s
+
 
 @message
 @dataclass(frozen=True)

@@ -178,13 +178,7 @@ class PrefillEngine:
             counts=EngineCounts(**self._counts),
             transfers=traffic.transfers,
             links_up=traffic.links_up,
-            speed=EngineSpeed(
-                self._pending_tokens,
-                self._limits.chunk_tokens,
-                *self._batch_times.line,
-                rested_s=0.0 if self._under_way else self._batch_times.rested_s,
-                fetched_token_s=0.0 if self._fetcher is None else self._fetcher.token_s,
-            ),
+            speed=self._speed,
         )
 
     def prefix_update(self, since: int) -> PrefixUpdate | None:
@@ -212,9 +206,8 @@ class PrefillEngine:
         stop = min(message.cached.num_tokens, tokens - 1) // page_size * page_size
         lacking = stop - (tokens - request.uncached)
         if lacking > 0 and not self._fetcher.follow(request, stop) and self._open(request):
-            (batch_s, token_s), waiting = self._batch_times.line, self._pending_tokens
-            compute_s = -(-waiting // self._limits.chunk_tokens) * batch_s + waiting * token_s
-            self._fetcher.begin(request, stop, compute_s or UNKNOWN_PATIENCE_S)
+            speed = self._speed
+            self._fetcher.begin(request, stop, speed.compute_s(speed.pending_tokens) or UNKNOWN_PATIENCE_S)
 
     def _send_to(self, router: bytes, item: SendTo) -> None:
         transfer_id = transfer_id_of(item.request_id, item.attempt)
@@ -227,9 +220,15 @@ class PrefillEngine:
             self._outlet.send_to(item.ticket)
 
     @property
-    def _pending_tokens(self) -> int:
-        """Prompt tokens that are computed before those of a prompt that comes now, those on the device included."""
-        return self._prompts.tokens + sum(launched.prompt_tokens for launched in self._under_way)
+    def _speed(self) -> EngineSpeed:
+        on_device = sum(launched.prompt_tokens for launched in self._under_way)
+        return EngineSpeed(
+            self._prompts.tokens + on_device,
+            self._limits.chunk_tokens,
+            *self._batch_times.line,
+            rested_s=0.0 if self._under_way else self._batch_times.rested_s,
+            fetched_token_s=0.0 if self._fetcher is None else self._fetcher.token_s,
+        )
 
     def _check(self, item: Prefill) -> None:
         self._limits.model.check(item)

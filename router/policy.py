@@ -125,20 +125,16 @@ def predicted_ttfts(prefills: Sequence[EngineView], wanted: Wanted) -> dict[str,
     for one in prefills:
         current = one.speed.is_known and one.speed.rested_s < STALE_S
         speed = one.speed if current else typical
-        waiting_s, uncached = _compute_s(speed, one.waiting_tokens), wanted.uncached(one.engine)
-        computed_s = waiting_s + _compute_s(speed, uncached)
+        waiting_s, uncached = speed.compute_s(one.waiting_tokens), wanted.uncached(one.engine)
+        computed_s = waiting_s + speed.compute_s(uncached)
         times[one.engine] = computed_s, NO_FETCH
         lacking = most.tokens - wanted.cached.get(one.engine, 0)
         if one.fetches and lacking > 0:
             fetch_s = FETCH_S + lacking * (one.speed.fetched_token_s or speed.token_s / FETCH_SPEEDUP)
-            fetched_s = max(waiting_s, fetch_s) + _compute_s(speed, max(uncached - lacking, 1))
+            fetched_s = max(waiting_s, fetch_s) + speed.compute_s(max(uncached - lacking, 1))
             if fetched_s < computed_s - TIE_S:
                 times[one.engine] = fetched_s, most
     return times
-
-
-def _compute_s(speed: EngineSpeed, tokens: int) -> float:
-    return -(-tokens // speed.batch_tokens) * speed.batch_s + tokens * speed.token_s
 
 
 def has_room(decode: EngineView, wanted: Wanted) -> bool:
