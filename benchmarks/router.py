@@ -190,11 +190,15 @@ def _leave_first_core() -> None:
     os.sched_setaffinity(0, cores - {min(cores)} or cores)
 
 
-def _topology() -> Topology:
+def free_port() -> int:
+    """A port that nobody listens on right now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    router = {"grpc": f"127.0.0.1:{port}", "max_queue": 10_000, "max_active": 10_000}
+        return int(probe.getsockname()[1])
+
+
+def _topology() -> Topology:
+    router = {"grpc": f"127.0.0.1:{free_port()}", "max_queue": 10_000, "max_active": 10_000}
     return Topology.model_validate({"name": "bench", "model": {"path": "bytes", "context": 100_000}, "router": router})
 
 

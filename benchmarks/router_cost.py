@@ -27,7 +27,7 @@ from typing import Literal
 import grpc
 import uvloop
 
-from benchmarks.router import child, cpu_s, engines_ready
+from benchmarks.router import child, cpu_s, engines_ready, free_port
 from benchmarks.rows import Figure, Row, write
 from splitserve.client import AsyncClient
 from splitserve.cluster.messages import Member
@@ -247,13 +247,6 @@ async def _serve_backend(connection: Connection, pace_s: float) -> None:
 
 def chunk(text: str) -> bytes:
     return f"{len(text):x}\r\n{text}\r\n".encode()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def wait_for(port: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from splitserve.cluster.topology import Topology
 from splitserve.deploy.worker import Worker
 from splitserve.models.resolve import resolve_model
 from splitserve.router.service import RouterService
+from tests.ports import free_port
 
 
 def topology(
@@ -32,14 +32,11 @@ def topology(
     **changes: Any,
 ) -> Topology:
     """A small cluster on a free port; `changes` replace whole sections."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     pool = {"device": device, "kv_memory": "64MiB", "page_size": 16}
     settings: dict[str, Any] = {
         "name": "threads",
         "model": {"path": str(model), "dtype": dtype, "context": 1024},
-        "router": {"grpc": f"127.0.0.1:{port}"},
+        "router": {"grpc": f"127.0.0.1:{free_port()}"},
         "prefill": {**pool, "layout": {"tp": prefill_tp}},
         "decode": {**pool, "layout": {"tp": decode_tp}},
         "kv_transfer": {"staging": "4MiB", "transport": "shm"},  # CUDA IPC needs two processes

@@ -18,6 +18,7 @@ from typing import Any
 from splitserve.cluster.log import log_path
 from splitserve.deploy.cluster_state import SHARED_MEMORY, ClusterFolder, ClusterState
 from splitserve.deploy.processes import session_members
+from tests.ports import free_port
 
 TOPOLOGY = """
 name: {name}
@@ -27,12 +28,6 @@ prefill: {{kv_memory: 8MiB, {prefill}}}
 decode: {{kv_memory: 8MiB, slots: 8, {decode}}}
 kv_transfer: {{staging: 4MiB, transport: {transport}}}
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def write_topology(

@@ -19,7 +19,8 @@ from splitserve.deploy import preflight
 from splitserve.deploy.cli import main
 from splitserve.deploy.cluster_state import ClusterFolder, ClusterState
 from splitserve.deploy.commands import lifecycle
-from tests.deploy.clusters import free_port, write_topology
+from tests.deploy.clusters import write_topology
+from tests.ports import free_port
 from tests.tiny_model import write_tiny_moe
 
 ERROR = "splitserve: error: "

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.deploy.clusters import away_s, free_port, state_of, succeed
+from tests.deploy.clusters import away_s, state_of, succeed
 from tests.deploy.load import Load
+from tests.ports import free_port
 
 pytestmark = pytest.mark.gpu
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.clusters import (
-    free_port,
     is_listening,
     run_command,
     start_command,
@@ -23,6 +22,7 @@ from tests.deploy.clusters import (
     wait_until,
     write_topology,
 )
+from tests.ports import free_port
 
 RAY = str(Path(sys.executable).with_name("ray"))
 START_S = 60.0

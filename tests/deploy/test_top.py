@@ -26,7 +26,8 @@ from splitserve.deploy.top import Look, Watch, frame
 from splitserve.router.fake_cluster import FakeCluster
 from splitserve.router.fake_engine import Behaviour
 from splitserve.router.service import RouterService
-from tests.router.routers import free_port, running_router
+from tests.ports import free_port
+from tests.router.routers import running_router
 
 NOBODY: Credentials = {"root_certificates": None, "certificate": None, "api_key": None}
 PREFILL = Engine(

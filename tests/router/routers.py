@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import cache
@@ -18,6 +17,7 @@ from splitserve.cluster.topology import Topology
 from splitserve.router.fake_cluster import FakeCluster
 from splitserve.router.service import RouterService
 from splitserve.router.tokenizer import Tokenizer
+from tests.ports import free_port
 from tests.router.tiny_tokenizers import write_folder
 
 MODEL = "tiny"
@@ -37,13 +37,6 @@ def model_folder() -> Path:
 def tokenizer() -> Tokenizer:
     """Its tokenizer."""
     return Tokenizer.load(model_folder())
-
-
-def free_port() -> int:
-    """A port that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def topology(

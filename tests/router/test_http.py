@@ -14,11 +14,11 @@ from splitserve.cluster.errors import StartupError
 from splitserve.router.fake_cluster import FakeCluster
 from splitserve.router.fake_engine import Behaviour
 from splitserve.router.service import RouterService
+from tests.ports import free_port
 from tests.router.routers import (
     CONTEXT,
     MODEL,
     eventually,
-    free_port,
     model_folder,
     nothing_left,
     running_router,

@@ -24,7 +24,8 @@ from splitserve.router.http_server import HttpServer
 from splitserve.router.service import RouterService
 from splitserve.router.status_page import HEADERS, PAGE
 from splitserve.router.v1 import splitserve_pb2 as pb
-from tests.router.routers import free_port, running_router
+from tests.ports import free_port
+from tests.router.routers import running_router
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (Debian's package `chromium`)")

@@ -33,7 +33,8 @@ from splitserve.router.traces import RequestTrace
 from splitserve.router.tracing import EXPORT_TIMEOUT_S, TraceExport
 from splitserve.router.v1 import splitserve_pb2 as pb
 from splitserve.router.v1.splitserve_pb2_grpc import SplitServeStub
-from tests.router.routers import engines_ready, eventually, free_port, model_folder, running_router, topology
+from tests.ports import free_port
+from tests.router.routers import engines_ready, eventually, model_folder, running_router, topology
 
 CALLER_TRACE, CALLER_SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{CALLER_TRACE}-{CALLER_SPAN}-01"
