@@ -32,6 +32,7 @@ from benchmarks.rows import Figure, Row, write
 from splitserve.client import AsyncClient
 from splitserve.cluster.messages import Member
 from splitserve.cluster.topology import Topology
+from splitserve.deploy.garbage import spare_what_is_there
 from splitserve.models.resolve import resolve_model
 from splitserve.router.fake_cluster import FakeCluster
 from splitserve.router.fake_engine import Behaviour
@@ -202,11 +203,12 @@ def _run_router(connection: Connection, members: list[Member], settings: dict[st
         await service.start()
         async with grpc.aio.insecure_channel(addresses["gRPC"]) as channel:
             await engines_ready(SplitServeStub(channel))
+        spare_what_is_there()
         connection.send((os.getpid(), addresses))
         await asyncio.to_thread(connection.recv)
         await service.stop()
 
-    uvloop.run(serve())  # as Ray runs routers
+    uvloop.run(serve())  # on uvloop and with few collections of garbage, as in a cluster
 
 
 def _run_backend(connection: Connection, pace_s: float) -> None:

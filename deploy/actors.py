@@ -29,6 +29,7 @@ from splitserve.cluster.rank_spec import RankSpec
 from splitserve.cluster.topology import Topology
 from splitserve.cluster.topology_sections import Role
 from splitserve.deploy.cluster_state import ClusterFolder
+from splitserve.deploy.garbage import spare_what_is_there
 from splitserve.models.resolve import resolve_model
 from splitserve.router.service import RouterService
 
@@ -154,7 +155,9 @@ class RouterActor:
             model_folder = await asyncio.to_thread(resolve_model, topology.model.path)
             own_keys = _own_keys(topology, keys)
             self._service = RouterService(topology, model_folder, index=index, keys=own_keys)
-            self._say(replace(self._report, endpoint=await self._service.start()))
+            endpoint = await self._service.start()
+            spare_what_is_there()
+            self._say(replace(self._report, endpoint=endpoint))
         except Exception as error:
             self._say(replace(self._report, failure=_describe(error)))
 

@@ -5,7 +5,6 @@ Weights and group outlive a switch to another role; pages, sockets and engine ar
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 import time
@@ -21,6 +20,7 @@ from splitserve.cluster.messages import Member, RankEndpoint
 from splitserve.cluster.rank_spec import RankSpec, Role
 from splitserve.cluster.topology import Topology
 from splitserve.deploy.assembly import Leader, RankParts, build_engine, rank_parts
+from splitserve.deploy.garbage import collect_all, spare_what_is_there
 from splitserve.deploy.loading import LoadedModel, LoadedRank, load_weights
 from splitserve.engine.group import FollowerLink, GlooGroup, LeaderLink, NcclGroup, host_store, join_store
 from splitserve.engine.ranks import Rank, Ranks
@@ -140,6 +140,7 @@ class Worker:
     def _serve(self, spec: RankSpec, loaded: LoadedRank, parts: RankParts, is_over: Callable[[], bool]) -> None:
         rank = Rank(loaded.runner, *parts.services)
         if self._follower_link is not None:
+            spare_what_is_there()
             self._follower_link.report(RankReady(parts.endpoint))
             follow(rank, self._follower_link, is_over)
         elif self._channel is not None:
@@ -160,6 +161,7 @@ class Worker:
 
     def _lead(self, channel: WorkerChannel, leader: Leader, is_over: Callable[[], bool]) -> None:
         spec, engine = leader.spec, build_engine(leader)
+        spare_what_is_there()
         self._member = Member(spec.engine, spec.incarnation, spec.role, channel.address, leader.layout)
         log.info("%s serves at %s as %s", spec.engine, channel.address, spec.role)
         serve(engine, channel, is_over, spec.topology.kv_transfer.lease_s, self.drain)
@@ -167,7 +169,7 @@ class Worker:
 
 def _give_back_memory(device: str) -> None:
     """Of pages and graphs that a role had, so that those of the next one fit."""
-    gc.collect()
+    collect_all()
     if device != "cpu":
         torch.cuda.empty_cache()
 

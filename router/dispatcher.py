@@ -163,16 +163,19 @@ class Dispatcher:
         claimant: Claimant,
         extra_keys: tuple[str, ...],
     ) -> Request:
-        def stop(sample: int) -> None:
-            for attempt in request.held:
-                self._cancel(attempt, sample)
-
         request_id = f"{self._identity}-{next(self._ids)}"
-        timeline, new_detokenizer = Timeline(self.metrics), self._new_detokenizer
-        request = Request(
-            request_id, token_ids, params, deadline_s, timeline, new_detokenizer, stop, answered, claimant, extra_keys
+        self._requests[request_id] = request = Request(
+            request_id,
+            token_ids,
+            params,
+            deadline_s,
+            Timeline(self.metrics),
+            self._new_detokenizer,
+            self._on_stop_string,
+            answered,
+            claimant,
+            extra_keys,
         )
-        self._requests[request_id] = request
         return request
 
     async def _begin(self, request: Request, samples: Sequence[SampleOutput], why: AttemptReason) -> None:
@@ -305,6 +308,10 @@ class Dispatcher:
         """Of an attempt that is over, or lost: if its engine goes on with it, it shall not."""
         if isinstance(message, SampleToken | Granted):
             self.engines.send(engine, Cancel(message.request_id, message.attempt))
+
+    def _on_stop_string(self, request_id: str, sample: int) -> None:
+        for attempt in self._requests[request_id].held:
+            self._cancel(attempt, sample)
 
     def _on_lost(self, engine: str, reason: str) -> None:
         for request in list(self._requests.values()):

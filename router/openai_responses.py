@@ -151,7 +151,8 @@ class CompletionAnswer(Answer):
 
     def __init__(self, call: Call, validator: Validator) -> None:
         super().__init__(call, validator)
-        self._offsets: dict[int, _TextOffsets] = defaultdict(lambda: _TextOffsets(self.tokenizer.detokenizer()))
+        new_detokenizer = self.tokenizer.detokenizer
+        self._offsets: dict[int, _TextOffsets] = defaultdict(lambda: _TextOffsets(new_detokenizer()))
 
     def choice(self, index: int, part: _Part) -> Json:
         logprobs = self._logprobs(index, part) if part.logprobs else None

@@ -51,9 +51,9 @@ class Chunk(NamedTuple):
 class Request:
     """A request from its arrival to its one outcome.
 
-    `on_stop_string(sample)` is called at once when a sample ends by a stop string, which its engine knows nothing of.
-    `answered` has for each sample what its client has already, if anything. `claimant` is who asks. Only requests with
-    the same `extra_keys` share cached prefixes.
+    `on_stop_string(request_id, sample)` is called at once when a sample ends by a stop string: its engine knows nothing
+    of that. `answered` has for each sample what its client has already, if anything. `claimant` is who asks. Only
+    requests with the same `extra_keys` share cached prefixes.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Request:
         deadline_s: float,
         timeline: Timeline,
         new_detokenizer: Callable[[], Detokenizer],
-        on_stop_string: Callable[[int], None],
+        on_stop_string: Callable[[str, int], None],
         answered: Sequence[Answered] = (),
         claimant: Claimant = NOBODY,
         extra_keys: tuple[str, ...] = (),
@@ -87,7 +87,7 @@ class Request:
             sample.restore(known)
         if any(sample.token_ids for sample in self.samples):
             self._cached_tokens = 0  # the client has had the first tokens, and what comes with them
-        self._output = OutputBuffer(self.samples, on_stop_string)
+        self._output = OutputBuffer(self.samples, partial(on_stop_string, request_id))
 
     @property
     def remaining_s(self) -> float:

@@ -39,7 +39,7 @@ def granted(n: int = 1) -> tuple[Request, Attempt]:
     table = TokenTable(byte_level())
     params = SamplingParams(n=n, max_tokens=9, prompt_logprobs=0)
     timeline = Timeline(RouterMetrics(Admission(1, 1), [], lambda: True))
-    request = Request("r", [5, 6], params, 10.0, timeline, lambda: Detokenizer(table), lambda sample: None)
+    request = Request("r", [5, 6], params, 10.0, timeline, lambda: Detokenizer(table), lambda request_id, sample: None)
     attempt = request.attempt(request.samples, PLACEMENT, 1)
     request.accept(Granted("r", 1, TICKET))
     return request, attempt
