@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import gc
 
-YOUNG = (
-    10_000  # objects more than at the last collection until the next one, of which 99 in 100 look at young ones only
-)
+YOUNG = 10_000  # new objects until the next collection; of 100 of these, 99 look at young objects only
 
 
 def spare_what_is_there() -> None:
