@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
 
 from splitserve.cluster.channel import Socket
 from splitserve.cluster.counts import BytesUsed, EngineCounts
@@ -38,17 +36,16 @@ from splitserve.cluster.messages import (
     SendTo,
     transfer_id_of,
 )
-from splitserve.engine.batch import Batch, Chunk
 from splitserve.engine.block_manager import BlockManager
-from splitserve.engine.device_sampler import PendingTokens, TokenChooser
+from splitserve.engine.device_sampler import TokenChooser
 from splitserve.engine.grammar import Grammars, GrammarState, wait_for_mask
-from splitserve.engine.pace import BatchTimes
 from splitserve.engine.ranks import Ranks
+from splitserve.engine.sampler import SampledToken
 from splitserve.engine.sequence import ModelLimits, Sequence
 from splitserve.engine.serving import Send
-from splitserve.engine.to_device import to_device
 from splitserve.kv_transfer.inlet import KvInlet
 from splitserve.kv_transfer.outlet import KvOutlet
+from splitserve.prefill_worker.batches import Batches
 from splitserve.prefill_worker.fetcher import PrefixFetcher
 from splitserve.prefill_worker.prompt_request import PromptRequest
 from splitserve.prefill_worker.prompts import Prompts
@@ -66,16 +63,6 @@ class PrefillLimits:
     chunk_tokens: int
     max_requests: int
     model: ModelLimits
-
-
-@dataclass(frozen=True)
-class _Launched:
-    """A batch under way: the prompts that end with it, each with its samples, and the tokens of all of these."""
-
-    prompts: list[tuple[PromptRequest, list[Sequence]]]
-    tokens: PendingTokens
-    prompt_tokens: int
-    began: float
 
 
 class PrefillEngine:
@@ -97,12 +84,11 @@ class PrefillEngine:
         prefixes: KvInlet | None = None,
     ) -> None:
         self._name, self._incarnation, self._layout = name, incarnation, layout
-        self._ranks, self._blocks, self._outlet, self._chooser = ranks, blocks, outlet, chooser
+        self._ranks, self._blocks, self._outlet = ranks, blocks, outlet
         self._limits, self._grammars, self._send, self._clock = limits, grammars, send, clock
         self._fetcher = None if prefixes is None else PrefixFetcher(prefixes, send, clock)
         self._prompts = Prompts()
-        self._under_way: deque[_Launched] = deque()
-        self._batch_times = BatchTimes(clock)
+        self._batches = Batches(ranks, blocks, outlet, chooser, clock)
         self._counts: Counter[str] = Counter()
 
     def handle(self, router: bytes, item: object) -> None:
@@ -123,17 +109,15 @@ class PrefillEngine:
         self._settle_transfers()
         self._settle_fetches()
         late = self._without_mask()
-        chunks: list[tuple[PromptRequest, int]] = []
-        if len(self._under_way) < 2:  # the device always has the next one waiting
+        if self._batches.has_room:
             self._admit()
-            chunks = self._next_chunks()
-        if chunks:
-            self._under_way.append(self._launch(chunks))
-        finished = False
-        while self._under_way and self._under_way[0].tokens.ready:
-            self._finish(self._under_way.popleft())
-            finished = True
-        if chunks or finished or self._under_way or self._ranks.busy:
+            if chunks := self._next_chunks():
+                self._counts["prompt_tokens"] += sum(size for _, size in chunks)
+                self._batches.launch(chunks)
+        worked = bool(self._batches)
+        for request, tokens in self._batches.take_done():
+            self._answer(request, tokens)
+        if worked or self._ranks.busy:
             return True
         if late:
             wait_for_mask(late)
@@ -145,7 +129,7 @@ class PrefillEngine:
 
     @property
     def idle(self) -> bool:
-        return not (self._prompts or self._under_way)
+        return not (self._prompts or self._batches)
 
     def forget(self, router: bytes) -> None:
         for request in self._prompts:
@@ -221,12 +205,11 @@ class PrefillEngine:
 
     @property
     def _speed(self) -> EngineSpeed:
-        on_device = sum(launched.prompt_tokens for launched in self._under_way)
         return EngineSpeed(
-            self._prompts.tokens + on_device,
+            self._prompts.tokens + self._batches.tokens,
             self._limits.chunk_tokens,
-            *self._batch_times.line,
-            rested_s=0.0 if self._under_way else self._batch_times.rested_s,
+            *self._batches.line,
+            rested_s=self._batches.rested_s,
             fetched_token_s=0.0 if self._fetcher is None else self._fetcher.token_s,
         )
 
@@ -294,44 +277,18 @@ class PrefillEngine:
         sizes = plan_chunks([request.sequence.pending_tokens for request in running], self._limits.chunk_tokens)
         return [(request, size) for request, size in zip(running, sizes, strict=True) if size]
 
-    def _launch(self, chunks: list[tuple[PromptRequest, int]]) -> _Launched:
-        """Compute `chunks` and choose the first tokens of the prompts that end with them."""
-        began = self._clock()
-        batch = Batch.of([Chunk(request.sequence, size, request.wanted_logits(size)) for request, size in chunks])
-        written = [(request.transfer_id, request.sequence.computed_tokens + size) for request, size in chunks]
-        logits: torch.Tensor = self._ranks.execute(self._outlet.run_command(batch, written))
-        prompts, rows, row = [], [], 0
-        for request, size in chunks:
-            sequence, wanted = request.sequence, request.wanted_logits(size)
-            request.note_logprobs(size, logits[row : row + wanted])
-            row += wanted
-            sequence.computed_tokens += size
-            self._counts["prompt_tokens"] += size
-            assert sequence.table is not None
-            self._blocks.publish(sequence.table, sequence.token_ids, sequence.computed_tokens)
-            if not sequence.pending_tokens:
-                prompts.append((request, request.samples()))
-                rows += [row - 1] * request.message.params.n
-        samples = [sample for _, samples in prompts for sample in samples]
-        tokens = self._chooser.choose(logits[to_device(rows, logits.device)], samples)
-        return _Launched(prompts, tokens, sum(size for _, size in chunks), began)
-
-    def _finish(self, launched: _Launched) -> None:
-        """Answer the routers with the first tokens at once; the KV follows."""
-        chosen = iter(launched.tokens.wait())
-        self._batch_times.ended(launched.prompt_tokens, launched.began)
-        for request, samples in launched.prompts:
-            tokens = [(sample, next(chosen)) for sample in samples]
-            if request not in self._prompts.running:
-                continue  # dropped while it was under way
-            taken = [sample.take(token.token_id, token.logprobs) for sample, token in tokens if token is not None]
-            if len(taken) < len(tokens):
-                self._fail(request, ModelFailure("the model's logits are not finite"))
-                continue
-            self._counts["output_tokens"] += len(taken)
-            self._prompts.computed(request)
-            self._send(request.router, request.first_token(tuple(taken), self._clock()))
-            self._outlet.finish(request.transfer_id, HandOff(tuple(token.token_id for token in taken)))
+    def _answer(self, request: PromptRequest, tokens: list[tuple[Sequence, SampledToken | None]]) -> None:
+        """Tell the router the first tokens of a prompt's samples at once; the KV follows."""
+        if request not in self._prompts.running:
+            return  # dropped while it was under way
+        taken = [sample.take(token.token_id, token.logprobs) for sample, token in tokens if token is not None]
+        if len(taken) < len(tokens):
+            self._fail(request, ModelFailure("the model's logits are not finite"))
+            return
+        self._counts["output_tokens"] += len(taken)
+        self._prompts.computed(request)
+        self._send(request.router, request.first_token(tuple(taken), self._clock()))
+        self._outlet.finish(request.transfer_id, HandOff(tuple(token.token_id for token in taken)))
 
     def _settle_transfers(self) -> None:
         for delivered in self._outlet.poll():
