@@ -24,6 +24,7 @@ BURST = 64  # messages of one worker that a router takes before others get a tur
 KV_IDLE_S = 60.0  # a way from one rank to another that carried no KV for so long is closed
 
 Socket = zmq.Socket[Any]
+Pollable = Socket | int  # or a file descriptor
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def bind(socket: Socket, address: str, port: int = 0) -> str:
     return endpoint.decode().rstrip("\0")
 
 
-def wait(sockets: Iterable[Socket], timeout_ms: int) -> None:
+def wait(sockets: Iterable[Pollable], timeout_ms: int) -> None:
     """Return when one of `sockets` has something to read, or after `timeout_ms`."""
     poller = zmq.Poller()
     for socket in sockets:

@@ -20,7 +20,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from splitserve.cluster.channel import Socket
+from splitserve.cluster.channel import Pollable
 from splitserve.cluster.codec import message
 from splitserve.cluster.errors import ProtocolError
 from splitserve.cluster.units import format_bytes
@@ -143,7 +143,7 @@ class PendingStep:
 class DecodeLoop:
     """A rank service. Captures a graph for each of `capacities`, the last of which is the number of slots."""
 
-    sockets: ClassVar[list[Socket]] = []
+    sockets: ClassVar[list[Pollable]] = []
     busy: ClassVar[bool] = False  # its engine waits for steps itself
 
     def __init__(

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from splitserve.cluster.channel import Socket
+from splitserve.cluster.channel import Pollable
 from splitserve.cluster.counts import EngineCounts
 from splitserve.cluster.errors import (
     DeadlineExceeded,
@@ -130,7 +130,7 @@ class DecodeEngine:
         return self._ranks.busy
 
     @property
-    def sockets(self) -> list[Socket]:
+    def sockets(self) -> list[Pollable]:
         return self._ranks.sockets
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from splitserve.cluster.channel import Socket
+from splitserve.cluster.channel import Pollable
 from splitserve.cluster.counts import BytesUsed
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.layout import KvLayout
@@ -128,7 +128,7 @@ class ColocatedEngine:
         return self._decode.step() or prefilled
 
     @property
-    def sockets(self) -> list[Socket]:
+    def sockets(self) -> list[Pollable]:
         return self._decode.sockets
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from splitserve.cluster.channel import Socket
+from splitserve.cluster.channel import Pollable
 from splitserve.cluster.codec import message
 from splitserve.cluster.errors import ProtocolError
 from splitserve.cluster.layout import KvLayout
@@ -50,7 +50,7 @@ class RankService(Protocol):
     handlers: Handlers
 
     @property
-    def sockets(self) -> list[Socket]:
+    def sockets(self) -> list[Pollable]:
         """Those that `poll` reads."""
 
     @property
@@ -81,7 +81,7 @@ class Rank:
         return handler(command)
 
     @property
-    def sockets(self) -> list[Socket]:
+    def sockets(self) -> list[Pollable]:
         return [socket for service in self._services for socket in service.sockets]
 
     @property
@@ -116,7 +116,7 @@ class Ranks:
         return HostPages(pages_for_budget(layout, budget_bytes), move)
 
     @property
-    def sockets(self) -> list[Socket]:
+    def sockets(self) -> list[Pollable]:
         """Those that `poll` reads."""
         return self._local.sockets if self._link is None else [*self._local.sockets, self._link.socket]
 

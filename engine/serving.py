@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from splitserve.cluster.channel import Socket, WorkerChannel, wait
+from splitserve.cluster.channel import Pollable, WorkerChannel, wait
 from splitserve.cluster.messages import Busy, EngineStats, Heartbeat, PrefixUpdate, Reserve
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Engine(Protocol):
         """Do some work; False when there was none."""
 
     @property
-    def sockets(self) -> list[Socket]:
+    def sockets(self) -> list[Pollable]:
         """Where news for `step` comes from."""
 
     def forget(self, router: bytes) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from splitserve.cluster.channel import Socket
+from splitserve.cluster.channel import Pollable
 from splitserve.cluster.codec import message
 from splitserve.cluster.counts import BytesUsed
 from splitserve.cluster.layout import KvLayout
@@ -84,7 +84,7 @@ class ReceiveService:
         }
 
     @property
-    def sockets(self) -> list[Socket]:
+    def sockets(self) -> list[Pollable]:
         return self._receiver.sockets
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from splitserve.cluster.channel import KV_IDLE_S, Socket
+from splitserve.cluster.channel import KV_IDLE_S, Pollable
 from splitserve.kv_transfer.link_messages import MARK, KvMeet, KvPart, KvPut, read
 from splitserve.kv_transfer.links import IDLE, PATIENCE_S, Link, Pair, make_room, not_over
 from splitserve.kv_transfer.protocol import seal
@@ -72,7 +72,7 @@ class LinkedReceiver:
         return arrivals
 
     @property
-    def sockets(self) -> list[Socket]:
+    def sockets(self) -> list[Pollable]:
         return self._control.sockets
 
     def take(self, arrival: Arrival, offset: int, size: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from splitserve.cluster.channel import KV_IDLE_S, Socket
+from splitserve.cluster.channel import KV_IDLE_S, Pollable
 from splitserve.cluster.counts import Transport
 from splitserve.cluster.messages import RankEndpoint
 from splitserve.cluster.topology import PACKED_BYTES
@@ -119,7 +119,7 @@ class LinkedSender:
         return replies
 
     @property
-    def sockets(self) -> list[Socket]:
+    def sockets(self) -> list[Pollable]:
         return self._control.sockets
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from splitserve.cluster.channel import Socket
+from splitserve.cluster.channel import Pollable
 from splitserve.cluster.counts import Transport
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.messages import RankEndpoint
@@ -86,7 +86,7 @@ class MemoryNetwork:
 
 
 class MemorySender:
-    sockets: ClassVar[list[Socket]] = []
+    sockets: ClassVar[list[Pollable]] = []
     links_up = 0
 
     def __init__(self, network: MemoryNetwork, address: str) -> None:
@@ -118,7 +118,7 @@ class MemorySender:
 
 
 class MemoryReceiver:
-    sockets: ClassVar[list[Socket]] = []
+    sockets: ClassVar[list[Pollable]] = []
     busy = False
 
     def __init__(self, network: MemoryNetwork, address: str, staging_bytes: int) -> None:

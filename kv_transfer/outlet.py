@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from splitserve.cluster.channel import Socket
+from splitserve.cluster.channel import Pollable
 from splitserve.cluster.codec import message
 from splitserve.cluster.counts import TransferCounts
 from splitserve.cluster.errors import TransferFailed
@@ -154,7 +154,7 @@ class SendService:
         }
 
     @property
-    def sockets(self) -> list[Socket]:
+    def sockets(self) -> list[Pollable]:
         return self._sender.sockets
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from splitserve.cluster.channel import Socket
+from splitserve.cluster.channel import Pollable
 from splitserve.cluster.errors import ProtocolError, TransferFailed
 from splitserve.kernels.kv_pack import KvRegion
 from splitserve.kv_transfer.checksum import bind
@@ -64,7 +64,7 @@ class KvReceiver:
         self.rejected = 0
 
     @property
-    def sockets(self) -> list[Socket]:
+    def sockets(self) -> list[Pollable]:
         """Where frames come in."""
         return self._transport.sockets
 

@@ -1,7 +1,7 @@
-"""KV between processes of one host: payloads in a segment of the receiver's that both reach, headers over TCP.
+"""KV between processes of one host: payloads in a segment of the receiver's that both reach, headers over Unix sockets.
 
-A segment is a file in /dev/shm (shm.py), or memory of the receiver's GPU into which the sender's packs pages
-(cuda_ipc.py).
+Where these do not reach, headers take the way of all else. A segment is a file in /dev/shm (shm.py), or memory of the
+receiver's GPU into which the sender's packs pages (cuda_ipc.py).
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ from typing import Protocol
 
 import torch
 
-from splitserve.cluster.channel import KV_IDLE_S, Socket
+from splitserve.cluster.channel import KV_IDLE_S, Pollable
 from splitserve.cluster.counts import Transport
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.messages import RankEndpoint
+from splitserve.kv_transfer.local import LocalPeers
 from splitserve.kv_transfer.staging import FrameSizes
 from splitserve.kv_transfer.transport import Arrival, ReceiverTransport, SenderTransport
 
 logger = logging.getLogger(__name__)
+
+BURST = 64  # replies that are taken at once
 
 
 class Unreachable(TransferFailed):
@@ -53,17 +56,19 @@ Attach = Callable[[str], AttachedSegment]
 
 
 class SegmentReceiver:
-    """Takes frames whose payload lies in `segment`, and those that bring theirs along."""
+    """Takes frames whose payload lies in `segment`, and over `control` those that bring theirs along."""
 
     def __init__(self, control: ReceiverTransport, segment: Segment) -> None:
         self._control, self._segment = control, segment
+        self._local = LocalPeers(segment.name)
 
     def receive(self, limit: int) -> list[Arrival]:
-        return self._control.receive(limit)
+        arrivals = [Arrival(peer, header, None) for peer, header in self._local.receive(limit)]
+        return arrivals + self._control.receive(limit - len(arrivals))
 
     @property
-    def sockets(self) -> list[Socket]:
-        return self._control.sockets
+    def sockets(self) -> list[Pollable]:
+        return [*self._local.sockets, *self._control.sockets]
 
     @property
     def busy(self) -> bool:
@@ -75,10 +80,11 @@ class SegmentReceiver:
         return self._segment.take(offset, size)
 
     def send(self, peer: bytes, header: bytes) -> None:
-        self._control.send(peer, header)
+        (self._local if peer in self._local else self._control).send(peer, header)
 
     def close(self) -> None:
         self._control.close()
+        self._local.close()
         self._segment.close()
 
 
@@ -101,10 +107,12 @@ class HostSender:
         self._control, self._host, self._attach, self._clock = control, host, attach, clock
         self._attached: dict[str, _Attached] = {}
         self._unreachable: set[str] = set()
+        self._local = LocalPeers()
 
     def connect(self, target: RankEndpoint) -> None:
         reached = self._segment(target) is not None
-        self._control.connect(replace(target, link="") if reached else target)
+        if target.segment.encode() not in self._local:
+            self._control.connect(replace(target, link="") if reached else target)
 
     def frame_sizes(self, target: RankEndpoint) -> FrameSizes:
         segment = self._segment(target)
@@ -127,24 +135,30 @@ class HostSender:
         return self._control.links_up
 
     def send(self, target: RankEndpoint, header: bytes, payload: torch.Tensor | None = None, offset: int = 0) -> None:
-        self._control.send(target, header, None if self._reaches(target) else payload, offset)
+        if (peer := target.segment.encode()) in self._local:
+            self._local.send(peer, header)
+        else:
+            self._control.send(target, header, None if self._reaches(target) else payload, offset)
 
     def receive(self) -> list[bytes]:
         for name, attached in list(self._attached.items()):
             if self._clock() - attached.used_at > KV_IDLE_S:  # its receiver may be gone, and its memory with this
-                del self._attached[name]
-                attached.segment.close()
-        return self._control.receive()
+                self._detach(name)
+        return [header for _, header in self._local.receive(BURST)] + self._control.receive()
 
     @property
-    def sockets(self) -> list[Socket]:
-        return self._control.sockets
+    def sockets(self) -> list[Pollable]:
+        return [*self._local.sockets, *self._control.sockets]
 
     def close(self) -> None:
         self._control.close()
-        for attached in self._attached.values():
-            attached.segment.close()
-        self._attached.clear()
+        for name in list(self._attached):
+            self._detach(name)
+        self._local.close()
+
+    def _detach(self, name: str) -> None:
+        self._attached.pop(name).segment.close()
+        self._local.drop(name.encode())
 
     def _reaches(self, target: RankEndpoint) -> bool:
         known = target.transport in self._attach and target.host == self._host
@@ -162,5 +176,6 @@ class HostSender:
                 self._unreachable.add(target.segment)
                 return None
             self._attached[target.segment] = attached
+            self._local.connect(target.segment.encode(), target.segment)
         attached.used_at = self._clock()
         return attached.segment

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Literal
 
-from splitserve.cluster.channel import Socket
+from splitserve.cluster.channel import Pollable
 from splitserve.cluster.errors import ProtocolError, TransferFailed
 from splitserve.cluster.messages import HandOff, RankEndpoint, Ticket
 from splitserve.kernels.kv_pack import KvRegion
@@ -55,7 +55,7 @@ class KvSender:
         self.rejected = 0
 
     @property
-    def sockets(self) -> list[Socket]:
+    def sockets(self) -> list[Pollable]:
         """Where acknowledgements come in."""
         return self._transport.sockets
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import zmq
 
-from splitserve.cluster.channel import KV_IDLE_S, CurveKeys, Socket, bind, secure
+from splitserve.cluster.channel import KV_IDLE_S, CurveKeys, Pollable, Socket, bind, secure
 from splitserve.cluster.counts import Transport
 from splitserve.cluster.errors import StartupError, TransferFailed
 from splitserve.cluster.messages import RankEndpoint
@@ -47,7 +47,7 @@ class TcpReceiver:
         return arrivals
 
     @property
-    def sockets(self) -> list[Socket]:
+    def sockets(self) -> list[Pollable]:
         return [self._socket]
 
     @property
@@ -112,7 +112,7 @@ class TcpSender:
         return headers
 
     @property
-    def sockets(self) -> list[Socket]:
+    def sockets(self) -> list[Pollable]:
         return [link.socket for link in self._links.values()]
 
     def close(self) -> None:

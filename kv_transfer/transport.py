@@ -1,7 +1,7 @@
 """What carries frames from a sending to a receiving rank.
 
 Over TCP (tcp.py), between hosts through NCCL (linked_sender.py, linked_receiver.py), within one through memory that
-both reach (segments.py), and within a process, with faults, for tests (memory.py).
+both reach (segments.py, local.py), and within a process, with faults, for tests (memory.py).
 
 A transport moves bytes and knows nothing of transfers. It may lose, repeat, delay, reorder or damage whatever it
 carries; sender and receiver are built for that. It never raises for what a peer did.
@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from splitserve.cluster.channel import Socket
+from splitserve.cluster.channel import Pollable
 from splitserve.cluster.counts import Transport
 from splitserve.cluster.messages import RankEndpoint
 from splitserve.kv_transfer.staging import FrameSizes
@@ -57,7 +57,7 @@ class SenderTransport(Protocol):
         """Sealed replies that have come."""
 
     @property
-    def sockets(self) -> list[Socket]:
+    def sockets(self) -> list[Pollable]:
         """Those that `receive` reads, for whoever waits for news."""
 
     def close(self) -> None: ...
@@ -68,7 +68,7 @@ class ReceiverTransport(Protocol):
         """Up to `limit` messages that have come."""
 
     @property
-    def sockets(self) -> list[Socket]:
+    def sockets(self) -> list[Pollable]:
         """Those that `receive` reads, for whoever waits for news."""
 
     @property

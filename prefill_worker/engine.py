@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from splitserve.cluster.channel import Socket
+from splitserve.cluster.channel import Pollable
 from splitserve.cluster.counts import BytesUsed, EngineCounts
 from splitserve.cluster.errors import (
     DeadlineExceeded,
@@ -124,7 +124,7 @@ class PrefillEngine:
         return bool(late)
 
     @property
-    def sockets(self) -> list[Socket]:
+    def sockets(self) -> list[Pollable]:
         return self._ranks.sockets
 
     @property

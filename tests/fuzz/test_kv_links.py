@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitserve.cluster.channel import Socket
+from splitserve.cluster.channel import Pollable
 from splitserve.cluster.errors import ProtocolError
 from splitserve.kv_transfer.link_messages import MARK, KvPart, KvPut
 from splitserve.kv_transfer.linked_receiver import MOST_ENDING, LinkedReceiver
@@ -30,7 +30,7 @@ MESSAGES = changed(TREES).map(resealed) | mutated([resealed(tree) for tree in TR
 class Box:
     """A control connection: what is put in comes out."""
 
-    sockets: list[Socket] = []  # noqa: RUF012
+    sockets: list[Pollable] = []  # noqa: RUF012
 
     def __init__(self) -> None:
         self.waiting: list[Arrival] = []

@@ -27,6 +27,7 @@ from splitserve.cluster.messages import RankEndpoint, Ticket
 from splitserve.engine.kv_cache import KvCache
 from splitserve.kv_transfer.by_device import new_linked_receiver, new_segment
 from splitserve.kv_transfer.device_mover import DeviceMover
+from splitserve.kv_transfer.local import LocalPeers
 from splitserve.kv_transfer.mover import HostMover
 from splitserve.kv_transfer.protocol import Freed, Incoming, ReceiveFailed, ReceiverEvent, SendFailed, Sent, Verified
 from splitserve.kv_transfer.receiver import KvReceiver
@@ -188,6 +189,31 @@ def poll_until(decode: DecodeRank, count: int, seconds: float) -> list[ReceiverE
         events += decode.receiver.poll()
         time.sleep(0.001)
     return events
+
+
+@pytest.mark.parametrize("way", ["local", "control"])
+def test_messages_within_a_host_take_either_way(
+    open_ends: ExitStack, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over Unix sockets, without ZeroMQ; and the other way round where these do not reach."""
+    decode = DecodeRank(open_ends)
+    if way == "local":
+        decode.endpoint = replace(decode.endpoint, address="tcp://127.0.0.1:9")
+    else:
+        monkeypatch.setattr(LocalPeers, "connect", lambda *_: None)
+    sender, ticket = prefill_sender(open_ends), grant([decode], TARGET)
+    decode.open(ticket, SOURCE, TARGET_PAGES)
+    sender.begin(ticket, SOURCE_PAGES)
+    sender.ready([("r/0", TOKENS)], range(SOURCE.num_layers))
+    sender.finish("r/0", HAND_OFF)
+    sent: list[object] = []
+    verified: list[ReceiverEvent] = []
+    deadline = time.monotonic() + 10
+    while not (sent and verified):
+        assert time.monotonic() < deadline
+        sent += sender.pump()
+        verified += decode.receiver.poll()
+    assert (sent, verified) == ([Sent("r/0")], [Verified("r/0", HAND_OFF)])
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])

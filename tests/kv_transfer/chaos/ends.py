@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from splitserve.cluster.channel import Socket
+from splitserve.cluster.channel import Pollable
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.messages import HandOff, Ticket
 from splitserve.engine.kv_cache import KvCache
@@ -57,7 +57,7 @@ class SourceRank:
         warm_up(mover)
 
     @property
-    def sockets(self) -> list[Socket]:
+    def sockets(self) -> list[Pollable]:
         return self._sender.sockets
 
     @property
@@ -144,7 +144,7 @@ class TargetRank:
         assert same_rows(self._cache, [0], self._cache, [GUARD_EVERY], 1)
 
     @property
-    def sockets(self) -> list[Socket]:
+    def sockets(self) -> list[Pollable]:
         return self._receiver.sockets
 
     @property
