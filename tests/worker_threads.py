@@ -66,18 +66,20 @@ def running(described: Topology) -> Iterator[Client]:
         threads[-1].start()
         return worker
 
-    for role in described.roles:
-        pool = described.pool(role)
-        for replica in range(pool.replicas):
-            leader = RankSpec(described, role, replica, 0, 0, _device(pool.device, 0), "127.0.0.1", f"{role}-{replica}")
-            leaders.append(start(leader))
-            for rank in range(1, pool.layout.tp):
-                address = leaders[-1].group_address
-                start(replace(leader, tp_rank=rank, device=_device(pool.device, rank), group_address=address))
     try:
-        while not all(leader.member() for leader in leaders):
-            assert not failures, failures
-            time.sleep(0.02)
+        for role in described.roles:
+            pool = described.pool(role)
+            for replica in range(pool.replicas):
+                device = _device(pool.device, 0)
+                leader = RankSpec(described, role, replica, 0, 0, device, "127.0.0.1", f"{role}-{replica}")
+                leaders.append(start(leader))
+                for rank in range(1, pool.layout.tp):
+                    address = leaders[-1].group_address
+                    start(replace(leader, tp_rank=rank, device=_device(pool.device, rank), group_address=address))
+                # One after another: what waits for the whole device spoils the graphs that another thread captures.
+                while not leaders[-1].member():
+                    assert not failures, failures
+                    time.sleep(0.02)
         members = [member for leader in leaders if (member := leader.member()) is not None]
         with _router(described, members) as address:
             client = Client(address)
