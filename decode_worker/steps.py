@@ -155,7 +155,7 @@ class GraphSteps:
         place = _Place(heapq.heappop(self._free), sequence, sequence.table)
         self._places[sequence] = place
         self._updates.sample_as(place.slot, sequence)
-        self._updates.set(place.slot, {"last_token": sequence.token_ids[-1]})
+        self._updates.set(place.slot, {"last_token": sequence.token_ids[-1], "mask_length": 0})
         return place
 
     def _give_pages(self, place: _Place) -> None:

@@ -12,6 +12,7 @@ import torch
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import RankEndpoint
 from splitserve.cluster.rank_spec import RankSpec
+from splitserve.cluster.segment_files import sweep
 from splitserve.cluster.topology_sections import DEFAULT_CHUNK_TOKENS
 from splitserve.decode_worker.device_loop import DecodeLoop, slot_layout
 from splitserve.decode_worker.engine import DecodeEngine, DecodeLimits
@@ -31,7 +32,7 @@ from splitserve.kv_transfer.outlet import KvOutlet, SendOutlet, SendService
 from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.segments import Segment, SegmentReceiver
 from splitserve.kv_transfer.sender import KvSender
-from splitserve.kv_transfer.shm import host_id, sweep
+from splitserve.kv_transfer.shm import host_id
 from splitserve.kv_transfer.staging import WindowAllocator
 from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender
 from splitserve.kv_transfer.transport import ReceiverTransport

@@ -14,18 +14,15 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from splitserve.cluster import segment_files
 from splitserve.cluster.errors import NotFound
 from splitserve.deploy.processes import Process, kill_session
-
-SHARED_MEMORY = Path("/dev/shm")
-SEGMENT = "[0-9]+-[0-9a-f]{8}"  # what kv_transfer/shm.py names its files after the cluster: process, random
 
 
 @dataclass(frozen=True)
@@ -127,9 +124,7 @@ def sweep(folder: ClusterFolder, ray: LocalRay) -> None:
     """End what a local Ray's owner left: its session's processes, sockets, shared memory and the state file."""
     kill_session(ray.owner)
     shutil.rmtree(ray.folder, ignore_errors=True)
-    for segment in SHARED_MEMORY.glob(f"splitserve-{folder.name}-*"):
-        if re.fullmatch(SEGMENT, segment.name.removeprefix(f"splitserve-{folder.name}-")):
-            segment.unlink(missing_ok=True)
+    segment_files.sweep(folder.name)
     folder.token.unlink(missing_ok=True)
     folder.forget()
 

@@ -177,6 +177,7 @@ class ReceiveInlet:
                 return Lost(transfer_id, reason)
             case Freed(transfer_id=transfer_id):
                 if self._freed.add(transfer_id, rank):
+                    self._verified.forget(transfer_id)  # a rank's word may have come since it was closed
                     self._staging.release(self._transfers.pop(transfer_id).window)
         return None
 

@@ -17,14 +17,11 @@ from splitserve.cluster.topology import PACKED_BYTES
 from splitserve.kv_transfer.link_messages import MARK, KvMeet, KvPart, KvPut, read
 from splitserve.kv_transfer.links import IDLE, PATIENCE_S, Link, Pair, make_room, not_over
 from splitserve.kv_transfer.protocol import seal
-from splitserve.kv_transfer.staging import FrameSizes
+from splitserve.kv_transfer.staging import LINK_FRAMES, FrameSizes
 from splitserve.kv_transfer.tcp import TcpSender
 
 logger = logging.getLogger(__name__)
 
-# A frame costs both ends some half millisecond of host time, and within a host, where NCCL has 8 channels, it carries
-# what is no larger than 64 MiB by 4 of them.
-FRAMES = FrameSizes(65 << 20, 128 << 20)
 RETRY_S = 1.0, 30.0  # after a link has ended: at first, and at most
 
 
@@ -68,7 +65,7 @@ class LinkedSender:
         self._link(target)
 
     def frame_sizes(self, target: RankEndpoint) -> FrameSizes:
-        return FRAMES if target.link else self._control.frame_sizes(target)
+        return LINK_FRAMES if self.way(target) == "nccl" else self._control.frame_sizes(target)
 
     def place(self, target: RankEndpoint, offset: int, size: int) -> torch.Tensor | None:
         link = self._link(target)

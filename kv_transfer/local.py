@@ -6,6 +6,7 @@ processes of their own user alone, as segments do.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -54,15 +55,14 @@ class LocalPeers:
             self._add(peer, connection)
 
     def receive(self, limit: int) -> list[tuple[bytes, bytes]]:
-        """Up to `limit` messages that have come, with their peers, which take turns."""
+        """Up to `limit` messages that have come, with their peers. Peers take turns; to come or go takes one, too."""
         found: list[tuple[bytes, bytes]] = []
-        while (room := limit - len(found)) > 0 and (ready := self._news.poll(0, room)):
+        while limit > 0 and (ready := self._news.poll(0, limit)):
+            limit -= len(ready)
             for number, _ in ready:
-                peer = self._peers.get(number)
-                if peer is None:
-                    if not self._accept():
-                        return found
-                elif message := _receive(self._connections[peer]):
+                if self._listener is not None and number == self._listener.fileno():
+                    self._accept(self._listener)
+                elif message := _receive(self._connections[peer := self._peers[number]]):
                     found.append((peer, message))
                 else:
                     self.drop(peer)
@@ -80,6 +80,7 @@ class LocalPeers:
     def drop(self, peer: bytes) -> None:
         if (connection := self._connections.pop(peer, None)) is not None:
             del self._peers[connection.fileno()]
+            self._news.unregister(connection)  # a child that was just forked keeps it open for a moment
             connection.close()
 
     def close(self) -> None:
@@ -101,15 +102,9 @@ class LocalPeers:
         self._news.register(listener, select.EPOLLIN)
         return listener
 
-    def _accept(self) -> bool:
-        """Whether the next caller is in; else it waits until there is a file descriptor for it."""
-        assert self._listener is not None
-        try:
-            connection, _ = self._listener.accept()
-        except OSError:
-            return False
-        self._add(next(self._callers), connection)
-        return True
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # that no file descriptors are left, say: whoever calls waits for one
+            self._add(next(self._callers), listener.accept()[0])
 
     def _add(self, peer: bytes, connection: socket.socket) -> None:
         found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)

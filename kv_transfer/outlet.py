@@ -93,12 +93,13 @@ class RunAndSend:
     """Run the model and send, layer by layer, what it writes: each (transfer, stop token) of `written`.
 
     Transfers that `begin` with this batch do so once the device has work: it is not kept waiting for them. What is
-    written of others is sent once they begin.
+    written of those that are `waiting` for their tickets is sent once they begin.
     """
 
     batch: Batch
     begin: tuple[BeginSend, ...]
     written: tuple[tuple[str, int], ...]
+    waiting: tuple[str, ...]
 
 
 @message
@@ -196,17 +197,17 @@ class SendService:
         def layers_written(layers: range) -> None:
             while begin:
                 self._begin(begin.pop(0))
-            self._note(command.written, layers)
+            self._note(command, layers)
             self._pump()
 
         return self._runner.run(command.batch, layers_written)
 
-    def _note(self, written: Sequence[tuple[str, int]], layers: range) -> None:
+    def _note(self, command: RunAndSend, layers: range) -> None:
         """Tell the sender what is written, or remember it until the transfer begins."""
         mark = self._sender.mark()
-        self._sender.ready(written, layers, mark)
-        for transfer_id, stop_token in written:
-            if transfer_id not in self._sender:
+        self._sender.ready(command.written, layers, mark)
+        for transfer_id, stop_token in command.written:
+            if transfer_id in command.waiting:
                 self._written.setdefault(transfer_id, []).append((stop_token, layers, mark))
 
     def _pump(self) -> None:
@@ -261,7 +262,8 @@ class SendOutlet:
             if not transfer.written and transfer.ticket is not None:
                 begin.append(transfer.begin(transfer.ticket))
             transfer.written = True
-        return RunAndSend(batch, tuple(begin), tuple(written))
+        waiting = tuple(transfer_id for transfer_id, _ in written if self._transfers[transfer_id].ticket is None)
+        return RunAndSend(batch, tuple(begin), tuple(written), waiting)
 
     def finish(self, transfer_id: str, hand_off: HandOff) -> None:
         transfer = self._transfers[transfer_id]

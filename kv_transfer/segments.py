@@ -63,8 +63,10 @@ class SegmentReceiver:
         self._local = LocalPeers(segment.name)
 
     def receive(self, limit: int) -> list[Arrival]:
-        arrivals = [Arrival(peer, header, None) for peer, header in self._local.receive(limit)]
-        return arrivals + self._control.receive(limit - len(arrivals))
+        arrivals = self._control.receive(
+            -(-limit // 2)
+        )  # at most: else many senders of this host could shut out others
+        return arrivals + [Arrival(peer, header, None) for peer, header in self._local.receive(limit - len(arrivals))]
 
     @property
     def sockets(self) -> list[Pollable]:

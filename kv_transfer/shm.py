@@ -10,18 +10,13 @@ import fcntl
 import hashlib
 import mmap
 import os
-import re
-import secrets
 from pathlib import Path
 
 import torch
 
 from splitserve.cluster.errors import InsufficientResources, TransferFailed
+from splitserve.cluster.segment_files import FOLDER, is_name, new_name
 from splitserve.kv_transfer.staging import HOST_FRAMES
-
-FOLDER = Path("/dev/shm")
-_NAME = r"splitserve-{cluster}-(?P<pid>[0-9]+)-[0-9a-f]{{8}}"
-_ANY_NAME = re.compile(_NAME.format(cluster="[A-Za-z0-9._-]+"))
 
 
 class ShmSegment:
@@ -32,7 +27,7 @@ class ShmSegment:
     """
 
     def __init__(self, cluster: str, size: int) -> None:
-        self.name = f"splitserve-{cluster}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.name = new_name(cluster)
         self._file = os.open(FOLDER / self.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX)
@@ -56,18 +51,6 @@ class ShmSegment:
         os.close(self._file)
 
 
-def sweep(cluster: str) -> list[str]:
-    """Remove what dead processes of `cluster` left in /dev/shm. Returns the names of the files removed."""
-    pattern = re.compile(_NAME.format(cluster=re.escape(cluster)))
-    removed = []
-    for path in sorted(FOLDER.glob("splitserve-*")):
-        match = pattern.fullmatch(path.name)
-        if match and _is_left_over(path, match["pid"]):
-            path.unlink(missing_ok=True)
-            removed.append(path.name)
-    return removed
-
-
 def host_id() -> str:
     """The same for exactly those processes that share a /dev/shm."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -80,7 +63,7 @@ class ShmMapping:
     frame_sizes = HOST_FRAMES
 
     def __init__(self, name: str) -> None:
-        if not _ANY_NAME.fullmatch(name):
+        if not is_name(name):
             raise TransferFailed(f"segment: found {name!r}; that is no name of a segment")
         try:
             file = os.open(FOLDER / name, os.O_RDWR | os.O_NOFOLLOW)
@@ -102,20 +85,3 @@ class ShmMapping:
 
 def _map(file: int, size: int) -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(file, size), dtype=torch.uint8)
-
-
-def _is_left_over(path: Path, pid: str) -> bool:
-    """Whether the maker is dead: it neither runs nor, as in another container of this host, holds the lock."""
-    if Path("/proc", pid).exists():
-        return False
-    try:
-        file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(file)
-    return True

@@ -27,6 +27,9 @@ class FrameSizes:
 
 
 HOST_FRAMES = FrameSizes(1 << 20, 4 << 20)
+# A frame costs both ends some half millisecond of host time, and within a host, where NCCL has 8 channels, it carries
+# what is no larger than 64 MiB by 4 of them.
+LINK_FRAMES = FrameSizes(65 << 20, 128 << 20)
 
 
 @dataclass(frozen=True)

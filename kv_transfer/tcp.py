@@ -18,11 +18,11 @@ from splitserve.cluster.channel import KV_IDLE_S, CurveKeys, Pollable, Socket, b
 from splitserve.cluster.counts import Transport
 from splitserve.cluster.errors import StartupError, TransferFailed
 from splitserve.cluster.messages import RankEndpoint
-from splitserve.kv_transfer.staging import HOST_FRAMES, FrameSizes
+from splitserve.kv_transfer.staging import HOST_FRAMES, LINK_FRAMES, FrameSizes
 from splitserve.kv_transfer.transport import Arrival
 
 QUEUE_MESSAGES = 256
-MOST_BYTES = 64 << 20
+MOST_BYTES = LINK_FRAMES.most + (1 << 20)  # of a frame whose link went down
 
 
 class TcpReceiver:

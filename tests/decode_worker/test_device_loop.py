@@ -85,6 +85,26 @@ def test_constrained_answers_are_those_of_steps_one_by_one(tiny_model: Path) -> 
     assert found[0]["0"][1] == {0: "stop"}
 
 
+def test_a_slot_keeps_no_mask_of_the_sequence_before(tiny_model: Path) -> None:
+    """Which would hold for one of the same length, whose own mask is still being made."""
+    first, second = (
+        SamplingParams(max_tokens=8, grammar=LLMatcher.grammar_from_regex(regex)) for regex in ("[a-f]", "[0-9]{4}")
+    )
+    found = []
+    for settings in (replace(SETTINGS, slots=2), replace(GRAPHS, split=False, capacities=(2,), slots=2)):
+        cluster = InProcessCluster(tiny_model, settings)
+        cluster.ask("first", prompt(13, 1), first)
+        while not cluster.answers["first"].joined:
+            cluster.step()
+        cluster.ask("beside", prompt(13, 2), replace(GREEDY, max_tokens=30))
+        while not cluster.answers["first"].reasons:
+            cluster.step()
+        cluster.ask("second", prompt(13, 3), second)
+        answers = cluster.run()
+        found.append((answers["second"].tokens, answers["second"].reasons))
+    assert found[0] == found[1]
+
+
 def test_stop_ids_and_min_tokens(tiny_model: Path, expected: dict[str, Answer]) -> None:
     cluster = InProcessCluster(tiny_model, replace(GRAPHS, split=False))
     stop = expected["0"].tokens[0][3]

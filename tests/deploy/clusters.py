@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from splitserve.cluster.log import log_path
-from splitserve.deploy.cluster_state import SHARED_MEMORY, ClusterFolder, ClusterState
+from splitserve.cluster.segment_files import FOLDER
+from splitserve.deploy.cluster_state import ClusterFolder, ClusterState
 from splitserve.deploy.processes import session_members
 from tests.ports import free_port
+
+NO_PROCESS = 1 << 22  # beyond all numbers of processes
 
 TOPOLOGY = """
 name: {name}
@@ -113,7 +116,7 @@ def left_behind(state: ClusterState) -> list[str]:
     """Processes, sockets, segments and files of a cluster that is over."""
     assert state.ray is not None
     left = [f"process {pid}" for pid in session_members(state.ray.owner)]
-    left += [str(path) for path in SHARED_MEMORY.glob(f"splitserve-{state.name}-*")]
+    left += [str(path) for path in FOLDER.glob(f"splitserve-{state.name}-*")]
     left += [state.ray.folder] if Path(state.ray.folder).exists() else []
     left += [f"state of {state.name}"] if ClusterFolder(state.name).read() else []
     return left + [f"listener at {endpoint}" for endpoint in state.endpoints if is_listening(endpoint)]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from splitserve.cluster.errors import NotFound
+from splitserve.cluster.segment_files import FOLDER
 from splitserve.deploy.cluster_state import (
-    SHARED_MEMORY,
     ClusterFolder,
     ClusterState,
     LocalRay,
@@ -21,6 +21,7 @@ from splitserve.deploy.cluster_state import (
 )
 from splitserve.deploy.processes import Process
 from splitserve.kv_transfer.shm import ShmSegment
+from tests.deploy.clusters import NO_PROCESS
 
 ME = Process.of(os.getpid())
 
@@ -56,12 +57,14 @@ def test_what_a_dead_owner_left_is_swept(tmp_path: Path) -> None:
     sockets.mkdir()
     name = f"test-{os.getpid()}-stale"
     folder = write(local(name, replace(ME, started=ME.started - 1), sockets))
-    segment = ShmSegment(name, 4096)
+    living, left = ShmSegment(name, 4096), FOLDER / f"splitserve-{name}-{NO_PROCESS}-0123abcd"
+    left.touch()
     assert folder.live() is None
     assert folder.read() is None
     assert not sockets.exists()
-    assert not (SHARED_MEMORY / segment.name).exists()
-    segment.close()
+    assert not left.exists()
+    assert (FOLDER / living.name).exists(), "a cluster of that name may run with another state folder"
+    living.close()
 
 
 def test_a_cluster_is_found_by_name_or_alone() -> None:

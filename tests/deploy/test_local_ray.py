@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from splitserve.cluster.errors import StartupError
-from splitserve.deploy.cluster_state import SHARED_MEMORY, ClusterFolder, ClusterState, LocalRay
+from splitserve.cluster.segment_files import FOLDER
+from splitserve.deploy.cluster_state import ClusterFolder, ClusterState, LocalRay
 from splitserve.deploy.local_ray import start_local_ray, stop_local_ray
 from splitserve.deploy.processes import Process, session_members
-from tests.deploy.clusters import wait_until
+from tests.deploy.clusters import NO_PROCESS, wait_until
 
 GONE_S = 20.0
 
@@ -41,9 +42,9 @@ def test_start_and_stop_leave_nothing(folder: ClusterFolder) -> None:
     assert len(list(session_members(started.ray.owner))) > 3
     assert stat.S_IMODE(folder.token.stat().st_mode) == 0o600
     assert folder.live() is not None
-    segment = SHARED_MEMORY / f"splitserve-{folder.name}-123-0123abcd"
+    segment = FOLDER / f"splitserve-{folder.name}-{NO_PROCESS}-0123abcd"
     segment.touch()
-    other = SHARED_MEMORY / f"splitserve-{folder.name}-1-123-0123abcd"
+    other = FOLDER / f"splitserve-{folder.name}-1-{NO_PROCESS}-0123abcd"
     other.touch()
     try:
         stop_local_ray(folder, started.ray)

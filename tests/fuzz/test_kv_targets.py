@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.messages import RankEndpoint
-from splitserve.kv_transfer.shm import FOLDER, ShmMapping, ShmSegment
+from splitserve.cluster.segment_files import FOLDER
+from splitserve.kv_transfer.shm import ShmMapping, ShmSegment
 from splitserve.kv_transfer.tcp import TcpSender
 from tests.fuzz.mutate import bounded, fuzz, mutated
 

@@ -24,6 +24,7 @@ from splitserve.cluster.codec import pack
 from splitserve.cluster.errors import InsufficientResources, StartupError, TransferFailed
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import RankEndpoint, Ticket
+from splitserve.cluster.segment_files import FOLDER, sweep
 from splitserve.engine.kv_cache import KvCache
 from splitserve.kv_transfer.by_device import new_linked_receiver, new_segment
 from splitserve.kv_transfer.device_mover import DeviceMover
@@ -33,7 +34,7 @@ from splitserve.kv_transfer.protocol import Freed, Incoming, ReceiveFailed, Rece
 from splitserve.kv_transfer.receiver import KvReceiver
 from splitserve.kv_transfer.segments import HostSender, SegmentReceiver, Unreachable
 from splitserve.kv_transfer.sender import KvSender
-from splitserve.kv_transfer.shm import FOLDER, ShmMapping, ShmSegment, host_id, sweep
+from splitserve.kv_transfer.shm import ShmMapping, ShmSegment, host_id
 from splitserve.kv_transfer.staging import HOST_FRAMES, FrameSizes
 from splitserve.kv_transfer.tcp import MOST_BYTES, TcpReceiver, TcpSender
 from tests.kv_transfer.ranks import (
@@ -161,6 +162,28 @@ def test_pages_arrive_bit_for_bit(
     for rank, decode in enumerate(ranks):
         assert_same(decode.cache, expected_cache(target, rank, 16, TARGET_PAGES, dense, range(TOKENS)))
         assert decode.receiver.rejected == 0
+
+
+def test_senders_of_this_host_shut_out_no_others(open_ends: ExitStack) -> None:
+    control, segment = TcpReceiver("127.0.0.1"), ShmSegment(CLUSTER, 4096)
+    receiver = open_ends.enter_context(closing(SegmentReceiver(control, segment)))
+    near = open_ends.enter_context(closing(LocalPeers()))
+    near.connect(b"here", segment.name)
+    far = open_ends.enter_context(closing(TcpSender(time.monotonic)))
+    far.send(RankEndpoint(control.endpoint, "tcp", "", "", 0, 0), b"from afar")
+    headers: list[bytes] = []
+    deadline = time.monotonic() + 5
+    while b"from afar" not in headers:
+        assert time.monotonic() < deadline
+        for _ in range(8):
+            near.send(b"here", b"from here")
+        headers += [arrival.header for arrival in receiver.receive(8)]
+    assert b"from here" in headers
+    for _ in range(8):
+        far.send(RankEndpoint(control.endpoint, "tcp", "", "", 0, 0), b"from afar")
+        near.send(b"here", b"from here")
+    time.sleep(0.2)
+    assert {arrival.header for arrival in receiver.receive(8)} == {b"from here", b"from afar"}
 
 
 def start_peer() -> subprocess.Popen[str]:
@@ -437,6 +460,17 @@ def test_sweep_removes_only_what_the_dead_left(open_ends: ExitStack) -> None:
     assert sweep(CLUSTER) == [left_over]
     assert sweep(CLUSTER) == []
     assert (FOLDER / living.name).exists()
+
+
+def test_sweep_leaves_files_of_other_users_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They could not be removed, or should not be."""
+    file = FOLDER / f"splitserve-{CLUSTER}-4194999-0123abcd"
+    file.touch()
+    user = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: user + 1)
+    assert sweep(CLUSTER) == []
+    monkeypatch.undo()
+    assert sweep(CLUSTER) == [file.name]
 
 
 def test_sweep_spares_a_segment_whose_maker_it_cannot_see(open_ends: ExitStack) -> None:

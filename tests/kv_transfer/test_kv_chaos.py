@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from splitserve.cluster.layout import KvLayout
-from splitserve.kv_transfer.shm import FOLDER, sweep
+from splitserve.cluster.segment_files import FOLDER, sweep
 from tests.kv_transfer.chaos.conductor import Conductor
 from tests.kv_transfer.chaos.report import Report, plan
 from tests.kv_transfer.chaos.setup import Setup

@@ -12,16 +12,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from splitserve.cluster.channel import KV_IDLE_S
+from splitserve.cluster.channel import KV_IDLE_S, CurveKeys
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.messages import RankEndpoint
 from splitserve.cluster.topology import PACKED_BYTES
 from splitserve.kv_transfer.link_messages import MARK, KvPut
 from splitserve.kv_transfer.linked_receiver import LinkedReceiver
-from splitserve.kv_transfer.linked_sender import FRAMES, RETRY_S, LinkedSender
+from splitserve.kv_transfer.linked_sender import RETRY_S, LinkedSender
 from splitserve.kv_transfer.links import Link
 from splitserve.kv_transfer.protocol import seal
 from splitserve.kv_transfer.segments import HostSender
+from splitserve.kv_transfer.staging import HOST_FRAMES, LINK_FRAMES
 from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender
 from splitserve.kv_transfer.transport import Arrival
 from tests.kv_transfer.pairs import Exchange, FakePair
@@ -93,6 +94,7 @@ def test_payloads_cross_a_link_in_order_and_are_announced_when_they_are_there(st
     ends = Ends(stack)
     ends.link()
     assert (ends.sender.way(ends.target), ends.sender.links_up) == ("nccl", 1)
+    assert ends.sender.frame_sizes(ends.target) == LINK_FRAMES
     for value in range(1, 9):
         ends.send(value, offset=256 * (value - 1))
     ends.until(lambda: len(ends.arrivals) == 8)
@@ -100,6 +102,22 @@ def test_payloads_cross_a_link_in_order_and_are_announced_when_they_are_there(st
     assert ends.staging[64::256][:8].tolist() == list(range(1, 9))
     assert ends.staging[200::256][:8].tolist() == [0] * 8
     assert not ends.receiver.busy
+
+
+def test_the_largest_frame_goes_over_tcp_when_its_link_is_gone(stack: ExitStack) -> None:
+    """In the clear and encrypted."""
+    for keys in (None, CurveKeys.generate()):
+        control = stack.enter_context(closing(TcpReceiver("127.0.0.1", keys)))
+        sender = stack.enter_context(closing(TcpSender(time.monotonic, keys)))
+        target = RankEndpoint(control.endpoint, "nccl", "", "", 0, LINK_FRAMES.most)
+        payload = torch.ones(LINK_FRAMES.most, dtype=torch.uint8)
+        sender.send(target, HEADER, payload)
+        deadline, arrivals = time.monotonic() + 60, list[Arrival]()
+        while not arrivals:
+            assert time.monotonic() < deadline
+            sender.receive()
+            arrivals = control.receive(8)
+        assert torch.equal(control.take(arrivals[0], 0, LINK_FRAMES.most), payload)
 
 
 def test_a_link_goes_down_by_itself_while_its_user_is_kept_waiting() -> None:
@@ -141,7 +159,7 @@ def test_an_end_that_waits_for_good_keeps_no_other_from_its_place(stack: ExitSta
 def test_no_link_is_made_to_where_memory_reaches(stack: ExitStack) -> None:
     ends = Ends(stack)
     here, elsewhere = (replace(ends.target, transport="cuda_ipc", host=host, segment="s") for host in ("here", "there"))
-    segment = types.SimpleNamespace(bytes=ends.staging, frame_sizes=FRAMES, close=lambda: None)
+    segment = types.SimpleNamespace(bytes=ends.staging, frame_sizes=LINK_FRAMES, close=lambda: None)
     sender = HostSender(ends.sender, "here", {"cuda_ipc": lambda _: segment}, ends.clock)
     sender.connect(here)
     assert ends.sender.links == []
@@ -154,7 +172,7 @@ def test_until_a_link_is_up_payloads_go_over_tcp(stack: ExitStack) -> None:
     assert ends.sender.way(ends.target) == "tcp"
     ends.sender.connect(ends.target)
     assert (ends.sender.way(ends.target), ends.sender.links_up) == ("tcp", 0)
-    assert ends.sender.frame_sizes(ends.target) == FRAMES
+    assert ends.sender.frame_sizes(ends.target) == HOST_FRAMES
     ends.send(5)
     ends.until(lambda: len(ends.arrivals) == 1)
     assert ends.receiver.take(ends.arrivals[0], 64, 128).tolist() == [5] * 128

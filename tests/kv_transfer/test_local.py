@@ -170,12 +170,39 @@ def test_no_file_descriptors_left(receiver: LocalPeers, sender: LocalPeers, name
             resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))  # which are open already
             with pytest.raises(OSError, match="Too many open files"):
                 os.dup(0)
-            assert receiver.receive(8) == []
-            sender.send(PEER, b"second")
-            assert [message for _, message in taken(receiver, 1)] == [b"second"]
+            for count in range(20):
+                sender.send(PEER, b"%d" % count)
+                assert [message for _, message in receiver.receive(8)] == [b"%d" % count]
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert [message for _, message in taken(receiver, 1)] == [b"late"]
+
+
+def test_whoever_comes_and_goes_takes_turns_too(receiver: LocalPeers, sender: LocalPeers, name: str) -> None:
+    """So that a flood of them keeps no engine from its work."""
+    sender.send(PEER, b"hello")
+    taken(receiver, 1)
+    with ExitStack() as stack:
+        for _ in range(100):
+            stranger = stack.enter_context(closing(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)))
+            stranger.connect(local._address(name))
+        sender.send(PEER, b"one of us")
+        assert [message for _, message in receiver.receive(8)] == [b"one of us"]
+        assert len(receiver._connections) <= 9
+
+
+def test_a_child_that_inherits_a_connection_keeps_nobody_awake(receiver: LocalPeers, sender: LocalPeers) -> None:
+    """Between fork and exec a child has them all."""
+    sender.send(PEER, b"hello")
+    taken(receiver, 1)
+    inherited = os.dup(next(iter(sender._connections.values())).fileno())
+    try:
+        receiver.close()
+        assert sender.receive(8) == []
+        assert PEER not in sender
+        assert sender._news.poll(0) == []
+    finally:
+        os.close(inherited)
 
 
 def test_ends_that_come_and_go_leave_nothing(receiver: LocalPeers, name: str) -> None:

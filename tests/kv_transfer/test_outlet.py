@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import HandOff, Prefill, Ticket
 from splitserve.cluster.sampling import SamplingParams
@@ -15,6 +17,7 @@ from splitserve.kv_transfer.outlet import (
     RenewSends,
     RunAndSend,
     SendOutlet,
+    SendService,
 )
 
 LAYOUT = KvLayout(1, 2, 2, 1, 8, 16, "float32")
@@ -33,6 +36,35 @@ class RecordingRanks:
         self.told.append(command)
 
     def poll(self) -> list[tuple[int, object]]:
+        return []
+
+
+class RunsAtOnce:
+    """A model whose layers are all written when one is."""
+
+    def run(self, batch: Batch, layers_written: Callable[[range], None]) -> None:
+        layers_written(range(LAYOUT.num_layers))
+
+
+class RecordingSender:
+    """Notes what is ready of transfers that have begun and are not over."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int]] = []
+        self._active: set[str] = set()
+
+    def begin(self, ticket: Ticket, pages: list[int]) -> None:
+        self._active.add(ticket.transfer_id)
+
+    def ready(self, written: Sequence[tuple[str, int]], layers: range, mark: object = None) -> None:
+        self.told += [each for each in written if each[0] in self._active]
+
+    def is_over(self, transfer_id: str) -> None:
+        self._active.discard(transfer_id)
+
+    def mark(self) -> None: ...
+
+    def pump(self) -> list[object]:
         return []
 
 
@@ -97,6 +129,24 @@ def test_a_ticket_that_comes_late_begins_what_is_written_already() -> None:
     assert isinstance(begin, BeginSend)
     assert begin.ticket == ticket("b")
     assert finish == FinishSend("b/1", HandOff((5,)))
+
+
+def test_a_rank_remembers_what_is_written_only_while_the_ticket_is_to_come() -> None:
+    """Its own part may be over before the prompt is."""
+    outlet, _, _ = opened("late", granted=False)
+    outlet.open(Prefill("early", 1, list(range(20)), SamplingParams(), 9.0), ticket("early"))
+    sender = RecordingSender()
+    service = SendService(RunsAtOnce(), sender)  # type: ignore[arg-type]
+    for stop in (16, 20):
+        command = outlet.run_command(BATCH, [("early/1", stop), ("late/1", stop)])
+        assert isinstance(command, RunAndSend)
+        service.handlers[RunAndSend](command)
+        sender.is_over("early/1")
+    assert set(service._written) == {"late/1"}
+    sender.told.clear()
+    service.handlers[BeginSend](BeginSend(ticket("late"), [0], 0))
+    assert sender.told == [("late/1", stop) for stop in (0, 16, 20)]
+    assert not service._written
 
 
 def test_what_ends_without_a_ticket_is_nobodys_concern_until_it_is_written() -> None:

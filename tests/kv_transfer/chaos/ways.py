@@ -16,6 +16,7 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from splitserve.cluster.messages import RankEndpoint
+from splitserve.cluster.segment_files import sweep
 from splitserve.engine.group import host_store, join_store
 from splitserve.kv_transfer.by_device import new_host_sender, new_linked_receiver, new_segment
 from splitserve.kv_transfer.linked_receiver import LinkedReceiver
@@ -23,7 +24,7 @@ from splitserve.kv_transfer.linked_sender import LinkedSender
 from splitserve.kv_transfer.links import Pair, Transit
 from splitserve.kv_transfer.nccl import PAIR_BYTES
 from splitserve.kv_transfer.segments import HostSender, SegmentReceiver
-from splitserve.kv_transfer.shm import host_id, sweep
+from splitserve.kv_transfer.shm import host_id
 from splitserve.kv_transfer.tcp import TcpReceiver, TcpSender
 from splitserve.kv_transfer.transport import ReceiverTransport
 from tests.kv_transfer.chaos.setup import HOST, MAX_LINKS, Setup
