@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from types import TracebackType
@@ -148,6 +149,11 @@ class AsyncStream:
         self._method, self._cancelled = method, False
         self._call = method(request, timeout=timeout_s)
         self._gatherer = wire.Gatherer(request, timeout_s)
+
+    def __del__(self) -> None:
+        """Whoever drops a stream wants no more of it."""
+        with contextlib.suppress(RuntimeError):  # the loop may be closed
+            self._call.cancel()
 
     @property
     def request_id(self) -> str:

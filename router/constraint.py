@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections import OrderedDict
@@ -12,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from splitserve.cluster.errors import InvalidRequest
+from splitserve.cluster.errors import InvalidRequest, Overloaded
 
 MAX_CHARACTERS = 64 * 1024
 MAX_REPLY_BYTES = 8 * 2**20
 REMEMBERED = 64
+CHECK_AGAIN_S = 1.0
 
 Kind = Literal["json_schema", "regex", "grammar", "choice"]
 
@@ -72,6 +74,13 @@ class GrammarChecker:
             await process.wait()
 
     async def _ask(self, constraint: Constraint) -> dict[str, str]:
+        """What a checker says. Raises Overloaded where two were killed, by the host for want of memory, say."""
+        for _ in range(2):
+            if reply := await self._try(constraint):
+                return reply
+        raise Overloaded("whatever checks grammars is killed; try again", CHECK_AGAIN_S)
+
+    async def _try(self, constraint: Constraint) -> dict[str, str] | None:
         try:
             process = self._process = self._process or await self._start()
             assert process.stdin is not None
@@ -83,8 +92,9 @@ class GrammarChecker:
         except BaseException:
             await self.close()  # what it would still say is no answer to anything
             raise
+        killed = await process.wait() in (-signal.SIGKILL, -signal.SIGTERM)
         await self.close()
-        return {"error": "it takes too much time or memory to compile; give a simpler one"}
+        return None if killed else {"error": "it takes too much time or memory to compile; give a simpler one"}
 
     async def _start(self) -> Process:
         """Raises InvalidRequest where this cluster has no grammars."""

@@ -184,8 +184,8 @@ class Dispatcher:
             if await self._ask(request, samples, why, in_line=False) is None:
                 return
             why = "busy"
-        claim = self._line.claim(request.claimant)
         with nullcontext() if request.losses else self.admission.wait():
+            claim = self._line.claim(request.claimant)  # who is refused has got nothing of its share
             while True:
                 async with self._line.hold(claim):
                     while not self._line.outranked(claim):

@@ -7,13 +7,14 @@ ignored. Fields that are null are as good as absent.
 from __future__ import annotations
 
 import secrets
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from splitserve.cluster.errors import InvalidRequest
 from splitserve.cluster.sampling import SamplingParams
 
+NO_FIELD = "no such field here; leave it out"
 HARMLESS = {"user", "metadata", "store", "safety_identifier", "service_tier", "prediction"}
 HARMLESS |= {"prompt_cache_key", "prompt_cache_retention"}
 # Accepted with these values, which ask for what is done anyway.
@@ -28,6 +29,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 B = TypeVar("B", bound="_Model")
+TokenIds = Annotated[list[int], FailFast()]  # one fault is told: looking for a million more takes seconds
 
 
 class _Strict(BaseModel):
@@ -57,13 +59,13 @@ class _Body(_Model):
     frequency_penalty: float = 0.0
     seed: int | None = None
     stop: Any = []  # a text or several
-    logit_bias: dict[str, float] = {}
+    logit_bias: dict[str, Any] = {}  # token ids to numbers
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     min_tokens: int = 0
     ignore_eos: bool = False
-    stop_token_ids: list[int] = []
+    stop_token_ids: TokenIds = []
     priority: int = Field(default=0, ge=-(2**31), lt=2**31)
     cache_salt: str = ""
     response_format: Any = None
@@ -82,7 +84,7 @@ class _Body(_Model):
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
-            logit_bias={_token_id(token): bias for token, bias in self.logit_bias.items()},
+            logit_bias=dict(_bias(*each) for each in self.logit_bias.items()),
             seed=secrets.randbits(63) if self.seed is None else self.seed,
             n=self.n,
             stop=tuple(text_of("stop", text) for text in stop),
@@ -121,7 +123,7 @@ class TokenizeBody(_Model):
 
 
 class DetokenizeBody(_Model):
-    tokens: list[int]
+    tokens: TokenIds
 
 
 def parse(body_type: type[B], raw: dict[str, Any]) -> B:
@@ -130,6 +132,8 @@ def parse(body_type: type[B], raw: dict[str, Any]) -> B:
     for name in fields.keys() & NEUTRAL.keys():
         if (value := fields.pop(name)) not in NEUTRAL[name]:
             raise InvalidRequest(name, value, "this cluster does not support it yet; leave it out")
+    if unknown := next((name for name in fields if name not in body_type.model_fields), None):
+        raise InvalidRequest(unknown, fields[unknown], NO_FIELD)
     try:
         return body_type.model_validate(fields)
     except ValidationError as error:
@@ -137,7 +141,7 @@ def parse(body_type: type[B], raw: dict[str, Any]) -> B:
         field = ".".join(map(str, details["loc"]))
         match details["type"]:
             case "extra_forbidden":
-                raise InvalidRequest(field, details["input"], "no such field here; leave it out") from error
+                raise InvalidRequest(field, details["input"], NO_FIELD) from error
             case "missing":
                 raise InvalidRequest(field, None, "this field is needed") from error
         raise InvalidRequest(field, details["input"], details["msg"].replace("Input", "it", 1)) from error
@@ -156,8 +160,12 @@ def text_of(field: str, text: Any) -> str:
     return text
 
 
-def _token_id(text: str) -> int:
+def _bias(token: str, bias: Any) -> tuple[int, float]:
+    if type(bias) not in (int, float):
+        raise InvalidRequest(f"logit_bias.{token}", bias, "give a number")
     try:
-        return int(text)
+        return int(token), float(bias)
+    except OverflowError as error:
+        raise InvalidRequest(f"logit_bias.{token}", bias, "give a number from -100 to 100") from error
     except ValueError as error:
-        raise InvalidRequest("logit_bias", text, "give token ids as keys") from error
+        raise InvalidRequest("logit_bias", token, "give token ids as keys") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 from splitserve.router.parsers.pieces import Sections, ToolCall
@@ -11,7 +10,7 @@ from splitserve.router.parsers.pieces import Sections, ToolCall
 OPENING, CLOSING = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, SEPARATOR, END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 ARGUMENTS_AS_TEXT = True
-_CALL = re.compile(f"{CALL}(?:function{SEPARATOR}(.+?)\n```json\n(.*?)\n```|(.+?){SEPARATOR}(.*?)){END}", re.DOTALL)
+FENCE, FENCE_END = "\n```json\n", "\n```"
 
 
 def parser() -> Sections:
@@ -26,13 +25,21 @@ def grammar(tools: dict[str, Any]) -> str:
 
 
 def _read(body: str) -> list[ToolCall] | None:
-    calls = []
-    for match in _CALL.finditer(body):
-        name, arguments = match[1] or match[3], match[2] or match[4]
-        try:
-            if not isinstance(json.loads(arguments), dict):
-                return None
-        except (ValueError, RecursionError):
-            return None
-        calls.append(ToolCall(name, arguments.strip()))
-    return None if _CALL.sub("", body).strip() else calls
+    before, *parts = body.split(CALL)
+    calls = [_call(part) for part in parts]
+    return None if before.strip() or None in calls else [call for call in calls if call]
+
+
+def _call(part: str) -> ToolCall | None:
+    """The call that `part` is, up to its end and blanks behind it."""
+    inner, end, behind = part.partition(END)
+    name, separator, arguments = inner.partition(SEPARATOR)
+    if name == "function" and FENCE in arguments and arguments.endswith(FENCE_END):
+        name, _, arguments = arguments.removesuffix(FENCE_END).partition(FENCE)
+    if not (name and separator and end) or behind.strip():
+        return None
+    try:
+        is_object = isinstance(json.loads(arguments), dict)
+    except (ValueError, RecursionError):
+        return None
+    return ToolCall(name, arguments.strip()) if is_object else None

@@ -127,6 +127,17 @@ def test_cancelling_a_sync_stream_ends_it(client: Client, cluster: FakeCluster) 
     asyncio.run(eventually(lambda: not cluster.engines["decode/0/0"].jobs, within_s=1.0))
 
 
+def test_a_dropped_async_stream_ends_its_request() -> None:
+    async def scenario() -> None:
+        with FakeCluster(behaviour=Behaviour(step_s=0.02)) as cluster:
+            async with running_router(cluster) as (service, client):
+                async for _ in client.generate("the fox", max_tokens=200):
+                    break
+                await eventually(lambda: service.dispatcher.admission.active == 0)
+
+    asyncio.run(scenario())
+
+
 def test_cancelling_the_task_that_reads_cancels_the_request() -> None:
     async def scenario(cluster: FakeCluster) -> None:
         async with running_router(cluster) as (_, client):

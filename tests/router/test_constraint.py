@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from asyncio.subprocess import Process
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from llguidance import LLMatcher
 
 from splitserve.client import SplitserveClientError
 from splitserve.client.types import Sampling
-from splitserve.cluster.errors import InvalidRequest
+from splitserve.cluster.errors import InvalidRequest, Overloaded
 from splitserve.cluster.messages import Prefill
 from splitserve.models.grammar import GrammarCompiler
 from splitserve.router.constraint import MAX_CHARACTERS, REMEMBERED, Constraint, GrammarChecker
@@ -132,6 +133,30 @@ def test_verdicts_are_remembered_and_not_without_end(monkeypatch: pytest.MonkeyP
         await checker.grammar(Constraint("regex", "good", "f"))
         assert asked[-1] == "good"
         assert len(checker._known) == REMEMBERED
+
+    run(scenario)
+
+
+def test_a_checker_that_was_killed_says_nothing_of_a_constraint(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(checker: GrammarChecker) -> None:
+        await checker.grammar(Constraint("regex", "[a-z]", "f"))
+        assert checker._process is not None
+        checker._process.kill()
+        assert await checker.grammar(Constraint("regex", "[0-9]", "f"))
+
+        start = GrammarChecker._start
+
+        async def start_dying(self: GrammarChecker) -> Process:
+            process = await start(self)
+            process.kill()
+            return process
+
+        await checker.close()
+        monkeypatch.setattr(GrammarChecker, "_start", start_dying)
+        with pytest.raises(Overloaded, match="whatever checks grammars is killed"):
+            await checker.grammar(Constraint("regex", "[a-f]", "f"))
+        monkeypatch.undo()
+        assert await checker.grammar(Constraint("regex", "[a-f]", "f"))
 
     run(scenario)
 

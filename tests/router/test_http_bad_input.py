@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import socket
+import time
 from typing import Any
 
 import pytest
 
+from splitserve.cluster.errors import InvalidRequest
 from splitserve.router import http_body
 from splitserve.router.fake_cluster import FakeCluster
 from splitserve.router.fake_engine import Behaviour
+from splitserve.router.http_body import parse_object
+from splitserve.router.openai_bodies import CompletionBody, parse
 from splitserve.router.service import RouterService
 from tests.router.routers import CONTEXT, MODEL, eventually, nothing_left, running_router, tokenizer
 
@@ -53,6 +58,8 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"stop": ["\udfff"]}, "stop: found '\\udfff'; give whole characters"),
     ({"logit_bias": {"fox": 1}}, "logit_bias: found 'fox'; give token ids as keys"),
     ({"logit_bias": {"1": 101}}, "logit_bias: found 101"),
+    ({"logit_bias": {"1": True}}, "logit_bias.1: found True; give a number"),
+    ({"logit_bias": {"1": 10**400}}, "logit_bias.1: found 1000"),
     ({"stream_options": {"include_usage": True}}, "stream_options: found 'no stream'"),
     ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage: found True; no such field here"),
     ({"temprature": 1}, "temprature: found 1; no such field here; leave it out"),
@@ -165,6 +172,26 @@ def test_bodies_that_are_no_json_object_are_400() -> None:
 
     with FakeCluster() as cluster:
         asyncio.run(scenario(cluster))
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        (b"{%s}" % b",".join(b'"%d":0' % (number % 199_999) for number in range(200_000)), "'0' stands there twice"),
+        (b'{"prompt":"x","stop_token_ids":[%s]}' % b",".join([b'""'] * 500_000), "stop_token_ids.0: found ''"),
+        (b'{"prompt":"x",%s}' % b",".join(b'"x%d":0' % number for number in range(200_000)), "x0: found 0; no such"),
+        (
+            b'{"prompt":"x","logit_bias":{%s}}' % b",".join(b'"%d":""' % n for n in range(200_000)),
+            "logit_bias.0",
+        ),
+    ],
+    ids=["twice", "ids", "fields", "biases"],
+)
+def test_many_faults_take_no_longer_than_one(body: bytes, fault: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(InvalidRequest, match=re.escape(fault)):
+        parse(CompletionBody, parse_object(body)).sampling_params(None)
+    assert time.monotonic() - began < 1
 
 
 def test_fields_that_change_nothing_are_let_through() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -78,6 +79,21 @@ def test_each_family_is_read(family: str, text: str, content: str, calls: tuple[
     whole = parsed(family, [text])
     assert whole == ("", content, calls)
     assert parsed(family, list(text)) == whole
+
+
+def test_hostile_calls_take_no_longer_than_others_of_their_length() -> None:
+    """A client can have a model write what it likes: these were tried in all cubic ways once."""
+    began = time.monotonic()
+    for unit in (
+        deepseek.CALL,
+        f"{deepseek.CALL}function{deepseek.SEPARATOR}a\n```json\n",
+        "\n```",
+        deepseek.SEPARATOR,
+    ):
+        body = unit * (60_000 // len(unit))
+        for text in (f"{deepseek.OPENING}{body}{deepseek.CLOSING}", f"{deepseek.OPENING}{D_CALL}{body}"):
+            assert parsed("deepseek", [text]) == ("", text, ())
+    assert time.monotonic() - began < 1
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from splitserve.client import AsyncClient, SplitserveClientError
 from splitserve.cluster.channel import CurveKeys
 from splitserve.cluster.errors import StartupError
 from splitserve.cluster.sampling import SamplingParams
+from splitserve.router.fair import Claim, Claimant
 from splitserve.router.fake_cluster import FakeCluster
 from splitserve.router.fake_engine import Behaviour
 from splitserve.router.request import Chunk
@@ -197,11 +198,21 @@ def test_the_clients_deadline_ends_its_request() -> None:
         asyncio.run(scenario(cluster))
 
 
-def test_requests_wait_in_line_for_busy_engines_and_are_refused_when_the_line_is_full() -> None:
+def test_requests_wait_in_line_for_busy_engines_and_are_refused_when_the_line_is_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def scenario(cluster: FakeCluster) -> None:
-        async with running_router(cluster, max_queue=4) as (_, client):
+        async with running_router(cluster, max_queue=4) as (service, client):
+            claims, claim = list[Claimant](), service.dispatcher._line.claim
+
+            def note(claimant: Claimant) -> Claim:
+                claims.append(claimant)
+                return claim(claimant)
+
+            monkeypatch.setattr(service.dispatcher._line, "claim", note)
             calls = (client.generate([5, 6, 7], max_tokens=10).result() for _ in range(12))
             results = await asyncio.gather(*calls, return_exceptions=True)
+            assert len(claims) == 4, "who is refused has claimed no share"
             refusals = [result for result in results if isinstance(result, SplitserveClientError)]
             assert len(refusals) == 12 - 4 - 4  # two slots on each of two engines, and the queue
             for refusal in refusals:
