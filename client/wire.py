@@ -30,7 +30,12 @@ from splitserve.client.types import (
 )
 from splitserve.router.v1 import splitserve_pb2 as pb
 
-CHANNEL_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
+# Without the environment's http_proxy, which is for the web and would be asked for loopback, too.
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.enable_http_proxy", 0),
+)
 RETRY_AFTER = "retry-after-ms"
 ENGINE_STATES: dict[int, Literal["starting", "ready", "draining", "silent"]] = {
     pb.ENGINE_STATE_STARTING: "starting",

@@ -231,7 +231,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _nearest_line(lines: dict[FieldPath, int], path: FieldPath) -> int:
-    return next(lines[path[:length]] for length in range(len(path), -1, -1) if path[:length] in lines)
+    return next((lines[path[:length]] for length in range(len(path), -1, -1) if path[:length] in lines), 1)
 
 
 def _dotted(path: FieldPath) -> str:

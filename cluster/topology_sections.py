@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import re
+import socket
 from pathlib import PurePath
 from typing import Annotated, Literal
 
@@ -283,9 +285,15 @@ def _with_port_added(address: str, index: int) -> str:
 
 def _refuse_wildcard(host: str) -> None:
     """Nothing may listen on every interface, so one address has to be named."""
-    try:
-        wildcard = ipaddress.ip_address(host).is_unspecified
-    except ValueError:
-        wildcard = host in ("", "*")
-    if wildcard:
+    if host in ("", "*") or _is_unspecified(host):
         raise ValueError("expected one address or host name, not every interface")
+
+
+def _is_unspecified(host: str) -> bool:
+    with contextlib.suppress(OSError):
+        return socket.inet_aton(host) == bytes(4)  # knows 0 and 0x0, as whoever listens does
+    try:
+        address = ipaddress.IPv6Address(host)
+    except ValueError:
+        return False
+    return (address.ipv4_mapped or address).is_unspecified

@@ -17,7 +17,7 @@ from splitserve.cluster.topology import Topology
 from splitserve.cluster.topology_file import TopologyFile
 from splitserve.deploy.cluster_state import ClusterFolder, ClusterState
 from splitserve.deploy.plan import Plan, make_plan
-from splitserve.deploy.preflight import check_host, check_resources, check_runnable
+from splitserve.deploy.preflight import check_host, check_resources, check_runnable, check_security
 from splitserve.deploy.progress import StatusView
 from splitserve.deploy.ray_environment import prepare_ray
 from splitserve.models.resolve import load_model_config, resolve_model
@@ -92,6 +92,7 @@ def _become(state: ClusterState, file: TopologyFile, view: StatusView, method: s
     check_runnable(plan)
     if state.ray is not None:
         check_host(plan)
+        check_security(topology.security)
     prepare_ray(folder.token)
     from splitserve.deploy import driver
 

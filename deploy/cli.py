@@ -6,6 +6,7 @@ Exit status: 0 done, 1 failed, 2 the command's or the request's own fault, 130 i
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -25,6 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SplitserveError, SplitserveClientError) as error:
         print(f"splitserve: error: {error}", file=sys.stderr)
         return 2 if error.code == "INVALID_ARGUMENT" else 1
+    except BrokenPipeError:  # whoever read this has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"splitserve: error: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -15,13 +15,14 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from splitserve.cluster import segment_files
-from splitserve.cluster.errors import NotFound
+from splitserve.cluster.errors import NotFound, StartupError
 from splitserve.deploy.processes import Process, kill_session
 
 
@@ -94,14 +95,17 @@ class ClusterFolder:
         write_atomically(self._state, json.dumps(asdict(state), indent=2) + "\n")
 
     def read(self) -> ClusterState | None:
-        """The state on file, be the cluster alive or not."""
+        """The state on file, be the cluster alive or not. Raises StartupError where it cannot be read."""
         try:
             raw = json.loads(self._state.read_text(encoding="utf-8"))
+            ray = raw.pop("ray")
+            local = LocalRay(Process(**ray["owner"]), ray["folder"]) if ray else None
+            return ClusterState(**(raw | {"endpoints": tuple(raw["endpoints"])}), ray=local)
         except FileNotFoundError:
             return None
-        ray = raw.pop("ray")
-        local = LocalRay(Process(**ray["owner"]), ray["folder"]) if ray else None
-        return ClusterState(**(raw | {"endpoints": tuple(raw["endpoints"])}), ray=local)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            remedy = f"if cluster {self.name} does not run, remove it"
+            raise StartupError(f"{self._state}: not what this version writes ({error}); {remedy}") from error
 
     def forget(self) -> None:
         self._state.unlink(missing_ok=True)
@@ -142,10 +146,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def running_clusters() -> list[ClusterState]:
-    """All clusters that this host knows to run, in order of their names."""
-    home = state_home()
-    names = sorted(entry.name for entry in home.iterdir()) if home.is_dir() else []
-    states = (ClusterFolder(name).live() for name in names)
+    """All clusters that this host knows to run, in order of their names. Files that cannot be read are told of."""
+    home, states = state_home(), []
+    for name in sorted(entry.name for entry in home.iterdir() if entry.is_dir()) if home.is_dir() else []:
+        try:
+            states.append(ClusterFolder(name).live())
+        except StartupError as error:
+            print(f"splitserve: {error}", file=sys.stderr)
     return [state for state in states if state is not None]
 
 

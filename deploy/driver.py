@@ -29,6 +29,7 @@ ANSWER_S = 60.0
 POLL_S = 0.2
 CALLS_AT_ONCE = 8
 SHOWN_LOG_LINES = 15
+SAFE_FOLDER = "/"
 
 
 @contextlib.contextmanager
@@ -36,7 +37,9 @@ def session(cluster: str, address: str) -> Iterator[None]:
     """Be a driver of the Ray at `address`. Raises StartupError when it cannot be joined."""
     check_address(address)
     try:
-        ray.init(address, namespace=namespace(cluster), log_to_driver=False, logging_level=logging.ERROR)
+        # Workers import from their driver's working folder: that is not to be a user's, where any file may lie.
+        with contextlib.chdir(SAFE_FOLDER):
+            ray.init(address, namespace=namespace(cluster), log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         reason = str(error).strip().splitlines()[0]
         raise StartupError(f"cannot join the Ray at {address}: {reason}; start it, or name another") from error

@@ -35,7 +35,7 @@ OBJECT_STORE_BYTES = 80 * 2**20
 # Ray would start a process for each CPU before there is work, and run workers at niceness 15, behind all else.
 RAY_SETTINGS = {"RAY_prestart_worker_first_driver": "0", "RAY_worker_niceness": "0"}
 # Below its folder Ray puts sockets with names of some 75 characters, and a socket's path must stay under 108.
-MAX_FOLDER_CHARACTERS = 32
+MAX_FOLDER_CHARACTERS = 28
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class StartedRay:
 
 def start_local_ray(folder: ClusterFolder, cpus: int, gpus: int) -> StartedRay:
     """Start a Ray with so many logical CPUs and GPUs. Raises StartupError with its last words if it does not start."""
-    command = [sys.executable, "-m", "splitserve.deploy.local_ray", folder.name, str(cpus), str(gpus)]
+    module = ("-P", "-m", "splitserve.deploy.local_ray")  # safe: nothing is imported from the working folder
+    command = [sys.executable, *module, folder.name, str(cpus), str(gpus)]
     with folder.ray_log.open("wb") as log:
         owner = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
@@ -111,6 +112,7 @@ def _start_ray(folder: ClusterFolder, local: LocalRay, cpus: int, gpus: int) -> 
     """Start Ray's processes from this, the main thread: they die with the thread that forked them."""
     os.environ |= RAY_SETTINGS
     prepare_ray(folder.token)
+    os.environ.pop("RAY_ADDRESS", None)  # of some other Ray, which this one is not to join
     import ray
 
     ray.init(
@@ -120,7 +122,7 @@ def _start_ray(folder: ClusterFolder, local: LocalRay, cpus: int, gpus: int) -> 
         object_store_memory=OBJECT_STORE_BYTES,
         namespace=namespace(folder.name),
         log_to_driver=False,
-        _temp_dir=local.folder,
+        _temp_dir=f"{local.folder}/ray",  # which Ray opens to all users; the folder itself stays private
     )
     return str(ray.get_runtime_context().gcs_address)
 

@@ -122,7 +122,7 @@ def check_resources(plan: Plan, available: Mapping[str, float]) -> None:
 
 def count_gpus() -> int:
     """GPUs that torch sees here, counted in a process of its own: looking would occupy memory on each."""
-    command = [sys.executable, "-c", COUNT_GPUS]
+    command = [sys.executable, "-P", "-c", COUNT_GPUS]
     result = subprocess.run(command, capture_output=True, text=True, timeout=GPU_COUNT_S, check=False)
     if result.returncode:
         raise StartupError(f"torch cannot count the GPUs: {result.stderr.strip().splitlines()[-1]}")

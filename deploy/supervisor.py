@@ -257,7 +257,8 @@ def _kv_path(topology: Topology) -> str:
     if topology.colocated:
         return "none: one pool does both"
     local = topology.local_transport
-    return local if topology.hosts.count == 1 or local == "tcp" else f"{local} within a host, tcp between hosts"
+    remote = topology.remote_transport
+    return local if topology.hosts.count == 1 or local == remote else f"{local} within a host, {remote} between hosts"
 
 
 def _start_logging(spec: ClusterSpec) -> Path:

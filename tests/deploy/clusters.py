@@ -53,8 +53,9 @@ def write_topology(
 
 
 def start_command(*arguments: object) -> subprocess.Popen[str]:
+    """As the installed command does, nothing is imported from the working folder."""
     return subprocess.Popen(
-        [sys.executable, "-m", "splitserve", *map(str, arguments)],
+        [sys.executable, "-P", "-m", "splitserve", *map(str, arguments)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -231,6 +231,23 @@ def test_a_missing_cluster_key_is_told_before_anything_starts(
     assert error.startswith(f"security.cluster_key: {tmp_path}/k: No such file or directory")
 
 
+def test_what_the_system_refuses_is_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "a file"))
+    status, error = fail(capsys, "up", write_topology(tmp_path, tiny_model))
+    assert (status, error.count("\n")) == (1, 1)
+    assert f"{tmp_path / 'a file'}/splitserve" in error
+    assert "Not a directory" in error
+
+
+def test_a_reader_that_has_had_enough_is_no_fault() -> None:
+    command = f"{sys.executable} -m splitserve schema | head -c 10"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert (len(result.stdout), result.stderr) == (10, "")
+
+
 def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schema"]) == 0
     assert "prefill" in json.loads(capsys.readouterr().out)["properties"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from splitserve.cluster.errors import NotFound
+from splitserve.cluster.errors import NotFound, StartupError
 from splitserve.cluster.segment_files import FOLDER
 from splitserve.deploy.cluster_state import (
     ClusterFolder,
@@ -65,6 +65,18 @@ def test_what_a_dead_owner_left_is_swept(tmp_path: Path) -> None:
     assert not left.exists()
     assert (FOLDER / living.name).exists(), "a cluster of that name may run with another state folder"
     living.close()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"ray": 5}', "\xff"])
+def test_one_file_that_cannot_be_read_hides_no_other_cluster(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write(joined("a"))
+    damaged = write(joined("b"))
+    (damaged.path / "cluster.json").write_text(text, encoding="latin-1")
+    (damaged.path.parent / "notes.txt").touch()
+    assert find_cluster(None).name == "a"
+    assert f"{damaged.path / 'cluster.json'}: not what this version writes" in capsys.readouterr().err
+    with pytest.raises(StartupError, match="if cluster b does not run, remove it"):
+        damaged.read()
 
 
 def test_a_cluster_is_found_by_name_or_alone() -> None:

@@ -15,6 +15,7 @@ from splitserve.cluster.errors import StartupError
 from splitserve.cluster.segment_files import FOLDER
 from splitserve.deploy.cluster_state import ClusterFolder, ClusterState, LocalRay
 from splitserve.deploy.local_ray import start_local_ray, stop_local_ray
+from splitserve.deploy.preflight import count_gpus
 from splitserve.deploy.processes import Process, session_members
 from tests.deploy.clusters import NO_PROCESS, wait_until
 
@@ -55,6 +56,24 @@ def test_start_and_stop_leave_nothing(folder: ClusterFolder) -> None:
         assert not folder.token.exists()
     finally:
         other.unlink()
+
+
+def test_it_starts_from_any_folder_and_keeps_its_sockets_private(
+    folder: ClusterFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where files lie that are called like modules, say, and beside a Ray of somebody else's."""
+    for module in ("secrets", "torch", "queue"):
+        (tmp_path / f"{module}.py").write_text("raise SystemExit('imported from the working folder')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    started = start_local_ray(folder, 1, 0)
+    try:
+        assert stat.S_IMODE(Path(started.ray.folder).stat().st_mode) == 0o700
+        assert list(Path(started.ray.folder).rglob("sockets"))
+        assert count_gpus() >= 0
+    finally:
+        stop_local_ray(folder, started.ray)
+    assert is_gone(started.ray)
 
 
 def test_a_killed_owner_takes_everything_along(folder: ClusterFolder) -> None:

@@ -223,8 +223,20 @@ def test_roll(tmp_path: Path, tiny_model: Path) -> None:
             cluster.rewrite(**{section: {field: value}})
             assert f"{section}.{field}: found '{value}'; it cannot change while" in refused("up", cluster.file)
             cluster.rewrite(**{section: {field: {"context": 1024, "grpc": state_of(cluster.name).endpoints[0]}[field]}})
+        _roll_with_a_file_that_is_not_there(cluster)
         assert "already running" in succeed("up", cluster.file)
         _roll_that_cannot_go_on(cluster)
+
+
+def _roll_with_a_file_that_is_not_there(cluster: Running) -> None:
+    """It is told before a worker is drained that could not start again."""
+    right, before = cluster.file.read_text(), {name: cluster.pid(name) for name in cluster.units()}
+    cluster.file.write_text(f"{right}security: {{api_keys: {cluster.file.parent}/keys.toml}}\n")
+    failed = run_command("up", cluster.file)
+    assert "security.api_keys" in failed.stderr
+    assert "No such file or directory" in failed.stderr
+    assert {name: cluster.pid(name) for name in before} == before
+    cluster.file.write_text(right)
 
 
 def _roll_that_cannot_go_on(cluster: Running) -> None:

@@ -73,6 +73,8 @@ def test_no_secret_is_seen(tmp_path: Path, tiny_model: Path, monkeypatch: pytest
     topology, secrets = write_topology(tmp_path, tiny_model), Secrets(tmp_path)
     topology.write_text(topology.read_text() + SECURITY.format(tmp_path))
     name = load_topology(topology).name
+    (tmp_path / "uvicorn.py").write_text("raise SystemExit('imported from the working folder')")
+    monkeypatch.chdir(tmp_path)
     told = {"check": succeed("check", topology), "up": succeed("up", topology)}
     state = state_of(name)
     try:
