@@ -16,6 +16,7 @@ from splitserve.cluster.topology_pools import DecodePool, Layout, PrefillPool
 from splitserve.cluster.topology_sections import Role
 from splitserve.cluster.units import format_bytes
 from splitserve.deploy.placement import Placement, Slot
+from splitserve.kv_transfer.staging import window_size
 from splitserve.models.config import ModelConfig
 from splitserve.models.parameters import total_parameters, weight_bytes
 
@@ -164,6 +165,11 @@ def _memory_faults(file: TopologyFile, model: ModelConfig, role: Role) -> Iterat
     if pool.kv_memory < needed:
         expected = f"one sequence of {context} tokens takes {format_bytes(needed)} ({needed} bytes): expected that much"
         yield file.error(field, format_bytes(pool.kv_memory), expected)
+    if role == "decode" and topology.prefill is not None:
+        least = window_size(kv_layout, 1, topology.prefill.layout.tp, 0)
+        if topology.staging < least:
+            expected = f"a token of one layer of every prefill rank takes {least} bytes: expected that much"
+            yield file.error("kv_transfer.staging", topology.staging, expected)
     if pool.device == "cpu":
         return
     weights, staging = _weight_bytes(topology, model, pool), topology.gpu_staging(role)

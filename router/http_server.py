@@ -15,6 +15,7 @@ from splitserve.cluster.errors import StartupError
 from splitserve.router.http_protocol import bounded
 
 GRACE_S = 1
+UNREAD_S = 60.0  # a client that takes nothing for so long has its connection cut: a drain would wait for it
 
 
 class HttpServer:
@@ -72,6 +73,9 @@ def _listen(address: str) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(UNREAD_S * 1000)
+            )  # connections have it
             listener.bind(place)
             listener.listen(1024)
         except OSError:

@@ -15,6 +15,7 @@ from splitserve.cluster.topology_file import load_topology_file
 from splitserve.deploy.change import require_same
 from splitserve.deploy.commands.connection import (
     add_connection,
+    add_credentials,
     add_sampling,
     credentials,
     endpoint,
@@ -47,6 +48,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = commands.add_parser("demo", help="start a cluster, ask it one question and end it")
     parser.add_argument("file", metavar="FILE", help="topology file")
     parser.add_argument("--text", help="continue this text instead, for a model that was not taught to answer")
+    add_credentials(parser)
     parser.set_defaults(run=demo)
 
     parser = commands.add_parser("health", help="ask a router whether it serves: exit status 0 if so, else 1")
@@ -85,7 +87,7 @@ def demo(arguments: argparse.Namespace) -> int:
         require_same(cluster.state, file)
     try:
         print(f"ready after {time.monotonic() - began:.1f} s\n> {text or QUESTION}", file=sys.stderr, flush=True)
-        with Client(cluster.state.endpoints[0]) as client:
+        with Client(cluster.state.endpoints[0], **credentials(arguments)) as client:
             if text:
                 show_answer(client.generate(text, **DEMO_TEXT), DEMO_TEXT)
             else:

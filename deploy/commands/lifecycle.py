@@ -23,6 +23,7 @@ from splitserve.deploy.preflight import count_gpus
 from splitserve.deploy.progress import make_view
 from splitserve.deploy.ray_environment import prepare_ray
 from splitserve.deploy.report import status_table
+from splitserve.models.resolve import load_model_config
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -138,7 +139,8 @@ def _local_logs(folder: ClusterFolder, worker: str | None, count: int) -> list[s
 
 def _made_for_this_host(model: str) -> TopologyFile:
     path = os.path.abspath(model) if os.path.exists(model) else model
-    name, text = default_topology(path, len(os.sched_getaffinity(0)), count_gpus())
+    config = load_model_config(path)
+    name, text = default_topology(path, config, len(os.sched_getaffinity(0)), count_gpus())
     folder = ClusterFolder(name)
     folder.make()
     file = folder.path / "topology.yaml"

@@ -8,17 +8,17 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock, Mock
 
 import pytest
 
 from splitserve import __version__
 from splitserve.cluster.errors import StartupError
-from splitserve.cluster.topology_file import load_topology
 from splitserve.cluster.topology_sections import Router
 from splitserve.deploy import preflight
 from splitserve.deploy.cli import main
 from splitserve.deploy.cluster_state import ClusterFolder, ClusterState
-from splitserve.deploy.commands import lifecycle
+from splitserve.deploy.commands import ask, lifecycle
 from tests.deploy.clusters import write_topology
 from tests.ports import free_port
 from tests.tiny_model import write_tiny_moe
@@ -171,15 +171,17 @@ def test_a_cluster_whose_ray_is_gone(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_model_alone_gets_a_topology_that_is_shown(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lifecycle, "count_gpus", lambda: 0)
-    assert main(["up", "--model", str(tmp_path / "Lost-Model")]) == 1
+    assert "Lost-Model: found nothing there" in fail(capsys, "up", "--model", tmp_path / "Lost-Model")[1]
+    assert not ClusterFolder("lost-model").path.exists()
+    monkeypatch.setattr(lifecycle, "launch", stop_there := Mock(side_effect=StartupError("no further")))
+    assert main(["up", "--model", str(tiny_model)]) == 1
     error = capsys.readouterr().err
     assert "topology made for this host" in error
-    assert "name: lost-model" in error
-    assert "Lost-Model: found nothing there" in error
-    assert load_topology(ClusterFolder("lost-model").path / "topology.yaml").prefill is not None
+    assert f"name: {tiny_model.name}" in error
+    assert stop_there.call_args.args[0].topology.prefill is not None
 
 
 @pytest.mark.parametrize("address", ["auto", "10.0.0.1", "host:port"])
@@ -246,6 +248,17 @@ def test_a_reader_that_has_had_enough_is_no_fault() -> None:
     command = f"{sys.executable} -m splitserve schema | head -c 10"
     result = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert (len(result.stdout), result.stderr) == (10, "")
+
+
+def test_the_demo_asks_with_the_environments_key(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPLITSERVE_API_KEY", "sk-mine")
+    for name in ("launch", "stop", "show_answer"):
+        monkeypatch.setattr(ask, name, MagicMock())
+    monkeypatch.setattr(ask, "Client", client := MagicMock())
+    assert main(["demo", str(write_topology(tmp_path, tiny_model)), "--text", "x"]) == 0
+    assert client.call_args.kwargs["api_key"] == "sk-mine"
 
 
 def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -268,6 +268,14 @@ def test_kv_must_hold_one_whole_sequence(tmp_path: Path) -> None:
     assert plan_text(tmp_path, {"decode": {"kv_memory": needed}}).pools[1].kv_tokens == 2048
 
 
+def test_staging_must_hold_a_token_of_a_layer(tmp_path: Path) -> None:
+    """With less, transfers would wait for room that never comes."""
+    needed = 46_080 // 30
+    fault = faults_of(tmp_path, {"kv_transfer": {"staging": needed - 1}})["kv_transfer.staging"]
+    assert f"takes {needed} bytes" in fault.expected
+    assert plan_text(tmp_path, {"kv_transfer": {"staging": needed}}).topology.staging == needed
+
+
 def test_gpu_memory(tmp_path: Path) -> None:
     cuda: dict[str, Any] = {"device": "cuda", "kv_memory": "70GiB"}
     raw: dict[str, Any] = {"hosts": {"gpus": 2}, "prefill": cuda, "decode": cuda, "model": {"dtype": "bfloat16"}}

@@ -1,15 +1,25 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from splitserve.cluster.topology import Topology
-from splitserve.cluster.topology_file import load_topology
+from splitserve.cluster.topology_file import load_topology, load_topology_file
 from splitserve.deploy.actors import ordinal
 from splitserve.deploy.default_topology import default_topology
+from splitserve.deploy.plan import make_plan
 from splitserve.deploy.running_unit import environment
 from splitserve.deploy.units import make_units
+from splitserve.models.config import ModelConfig
+from splitserve.models.resolve import SMOLLM2, load_model_config
+
+
+@pytest.fixture
+def smollm2() -> ModelConfig:
+    return load_model_config(SMOLLM2)
 
 
 def topology(**fields: object) -> Topology:
@@ -36,8 +46,10 @@ def test_ranks_count_over_a_replica_and_engines_by_dp() -> None:
 @pytest.mark.parametrize(
     ("gpus", "devices", "colocated"), [(0, ["cpu", "cpu"], False), (1, ["cuda"], True), (4, ["cuda", "cuda"], False)]
 )
-def test_a_default_topology_suits_the_host(tmp_path: Path, gpus: int, devices: list[str], colocated: bool) -> None:
-    name, text = default_topology("/models/Some_Model-1.5B.Q4.gguf", cpus=64, gpus=gpus)
+def test_a_default_topology_suits_the_host(
+    tmp_path: Path, smollm2: ModelConfig, gpus: int, devices: list[str], colocated: bool
+) -> None:
+    name, text = default_topology("/models/Some_Model-1.5B.Q4.gguf", smollm2, cpus=64, gpus=gpus)
     file = tmp_path / "topology.yaml"
     file.write_text(text)
     made = load_topology(file)
@@ -47,9 +59,33 @@ def test_a_default_topology_suits_the_host(tmp_path: Path, gpus: int, devices: l
     assert all(made.pool(role).threads <= 16 for role in made.roles)
 
 
-@pytest.mark.parametrize(("path", "name"), [("/", "default"), ("模型", "default"), ("x" * 60, "x" * 40)])
-def test_a_default_topology_has_a_valid_name(path: str, name: str) -> None:
-    assert default_topology(path, 1, 0)[0] == name
+@pytest.mark.parametrize("gpus", [0, 1, 2])
+@pytest.mark.parametrize("change", [{}, {"max_position_embeddings": 1024}, {"num_layers": 80, "num_kv_heads": 64}])
+def test_a_default_topology_suits_the_model(
+    tmp_path: Path, smollm2: ModelConfig, change: dict[str, Any], gpus: int
+) -> None:
+    model = replace(smollm2, **change)
+    file = tmp_path / "topology.yaml"
+    file.write_text(default_topology("/models/m", model, cpus=4, gpus=gpus)[1])
+    plan = make_plan(load_topology_file(file), model)
+    assert plan.topology.model.context == min(2048, model.max_position_embeddings)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/", "default"),
+        ("模型", "default"),
+        ("x" * 60, "x" * 40),
+        ("/1e5", "model-1e5"),
+        ("7", "model-7"),
+        ("7b", "7b"),
+    ],
+)
+def test_a_default_topology_has_a_valid_name(tmp_path: Path, smollm2: ModelConfig, path: str, name: str) -> None:
+    file = tmp_path / "topology.yaml"
+    file.write_text(default_topology(path, smollm2, 1, 0)[1])
+    assert load_topology(file).name == name
 
 
 @pytest.mark.parametrize(("gpu", "visible", "number"), [("3", None, 3), ("3", "", 3), ("5", "4,5,7", 1), ("4", "4", 0)])

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from splitserve.cluster.errors import InvalidRequest
-from splitserve.router import http_body
+from splitserve.router import http_body, http_server
 from splitserve.router.fake_cluster import FakeCluster
 from splitserve.router.fake_engine import Behaviour
 from splitserve.router.http_body import parse_object
@@ -325,6 +325,24 @@ def test_a_client_that_does_not_read_holds_up_nobody_and_gets_all_of_it() -> Non
             writer.close()
 
     with FakeCluster() as cluster, nothing_left(cluster):
+        asyncio.run(scenario(cluster))
+
+
+def test_a_client_that_never_reads_keeps_no_drain_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "UNREAD_S", 1.0)
+
+    async def scenario(cluster: FakeCluster) -> None:
+        async with running_router(cluster) as (service, _):
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                host, _, port = str(service.http_address).rpartition(":")
+                client.connect((host, int(port)))
+                asked = {"prompt": [5, 6], "max_tokens": 200, "n": 64, "logprobs": 0, "stream": True}
+                client.sendall(post("/v1/completions", json.dumps(asked).encode()))
+                await eventually(lambda: cluster.engines["decode/0/0"].decoding)
+                await asyncio.wait_for(service.drain(), 20)
+
+    with FakeCluster() as cluster:
         asyncio.run(scenario(cluster))
 
 
