@@ -20,7 +20,6 @@ HARMLESS |= {"prompt_cache_key", "prompt_cache_retention"}
 # Accepted with these values, which ask for what is done anyway.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
-    "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
@@ -115,6 +114,7 @@ class ChatBody(_Body):
     top_logprobs: int | None = None
     tools: Any = None
     tool_choice: Any = None
+    parallel_tool_calls: bool = True
 
 
 class TokenizeBody(_Model):

@@ -34,7 +34,8 @@ class Prompt:
 class Call:
     """A checked call: its prompts are answered side by side. `answered` is False where only the echo is wanted.
 
-    Of a chat, `reasons` says whether its answers have a part of reasoning, `may_call` whether they may call tools.
+    Of a chat, `reasons` says whether its answers have a part of reasoning, and `most_calls` how many tools each may
+    call (None: any number).
     """
 
     prompts: list[Prompt]
@@ -45,7 +46,7 @@ class Call:
     echo: bool = False
     answered: bool = True
     reasons: bool = False
-    may_call: bool = False
+    most_calls: int | None = 0
 
 
 async def completion(raw: dict[str, Any], validator: Validator) -> Call:
@@ -97,7 +98,7 @@ async def chat(raw: dict[str, Any], validator: Validator) -> Call:
         body.priority,
         cache_salt,
         reasons=validator.family.reasons and params.grammar is None,
-        may_call=bool(tools.offered),
+        most_calls=0 if not tools.offered else None if body.parallel_tool_calls else 1,
     )
 
 

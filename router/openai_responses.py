@@ -191,7 +191,7 @@ class ChatAnswer(Answer):
         super().__init__(call, validator)
         inside = call.reasons and self.tokenizer.decode(call.prompts[0].token_ids[-4:]).rstrip().endswith("<think>")
         self._parsers: dict[int, MessageParser] = defaultdict(
-            lambda: MessageParser(validator.family, reasons=call.reasons, inside=inside, may_call=call.may_call)
+            lambda: MessageParser(validator.family, reasons=call.reasons, inside=inside, most_calls=call.most_calls)
         )
 
     def choice(self, index: int, part: _Part) -> Json:
@@ -216,7 +216,7 @@ class ChatAnswer(Answer):
 
     def _part(self, prompt: int, first_index: int, delta: Delta, chunk: Chunk) -> _Part:
         part = super()._part(prompt, first_index, delta, chunk)
-        if not (self._call.reasons or self._call.may_call):
+        if not (self._call.reasons or self._call.most_calls != 0):
             return part
         parser = self._parsers[first_index + delta.index]
         part.calls_before = parser.calls

@@ -51,7 +51,11 @@ def tools_of(tools: Any, choice: Any, family: Family) -> Tools:
             wanted = {name: schemas[name]}
         case _:
             raise InvalidRequest("tool_choice", choice, "give none, auto, required, or a function of tools by name")
-    return Tools(tools, Constraint("grammar", family.call_grammar(wanted), "tools"))
+    try:
+        grammar = family.call_grammar(wanted)
+    except RecursionError as error:
+        raise InvalidRequest("tools", list(wanted), "their parameters are nested too deep") from error
+    return Tools(tools, Constraint("grammar", grammar, "tools"))
 
 
 def calls_of(field: str, calls: Any, family: Family) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from splitserve.router.parsers.pieces import Sections, ToolCall, call_of
+from splitserve.router.parsers.pieces import Sections, ToolCall, call_of, call_schema
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
 ARGUMENTS_AS_TEXT = False
@@ -17,16 +17,7 @@ def parser() -> Sections:
 
 def grammar(tools: dict[str, Any]) -> str:
     """Lark's grammar of one call of `tools`, JSON schemas of arguments by name."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": name}, "arguments": schema},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for name, schema in tools.items()
-    ]
-    return f'start: "{OPENING}\\n" %json {json.dumps({"anyOf": calls})} "\\n{CLOSING}"'
+    return f'start: "{OPENING}\\n" %json {json.dumps(call_schema(tools, "arguments"))} "\\n{CLOSING}"'
 
 
 def _read(body: str) -> list[ToolCall] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from splitserve.router.parsers.pieces import Piece, ToolCall, call_of
+from splitserve.router.parsers.pieces import Piece, ToolCall, call_of, call_schema
 
 ARGUMENTS_AS_TEXT = False
 
@@ -42,16 +42,7 @@ def parser() -> Llama3Parser:
 
 def grammar(tools: dict[str, Any]) -> str:
     """Lark's grammar of one call of `tools`, JSON schemas of arguments by name."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": name}, "parameters": schema},
-            "required": ["name", "parameters"],
-            "additionalProperties": False,
-        }
-        for name, schema in tools.items()
-    ]
-    return f"start: %json {json.dumps({'anyOf': calls})}"
+    return f"start: %json {json.dumps(call_schema(tools, 'parameters'))}"
 
 
 def _read(text: str) -> list[ToolCall] | None:

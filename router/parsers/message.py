@@ -8,14 +8,15 @@ from splitserve.router.parsers.think import ThinkParser
 
 
 class MessageParser:
-    """`reasons` and `may_call` say what to look for; `inside`: the prompt has opened the reasoning.
+    """`reasons` and `most_calls` (None: any number) say what to look for; `inside`: the prompt opened the reasoning.
 
-    `calls` counts those found so far.
+    `calls` counts those found so far. More than `most_calls` are left out.
     """
 
-    def __init__(self, family: Family, *, reasons: bool, inside: bool, may_call: bool) -> None:
+    def __init__(self, family: Family, *, reasons: bool, inside: bool, most_calls: int | None) -> None:
         self._think = ThinkParser(inside) if reasons else None
-        self._tools = family.tool_parser() if may_call else None
+        self._tools = None if most_calls == 0 else family.tool_parser()
+        self._most_calls = most_calls
         self.calls = 0
 
     def push(self, text: str, *, last: bool) -> tuple[str, str, tuple[ToolCall, ...]]:
@@ -27,5 +28,7 @@ class MessageParser:
         if last and self._tools is not None:
             pieces += self._tools.finish()
         calls = tuple(piece for piece in pieces if isinstance(piece, ToolCall))
+        if self._most_calls is not None:
+            calls = calls[: self._most_calls - self.calls]
         self.calls += len(calls)
         return reasoning, "".join(piece for piece in pieces if isinstance(piece, str)), calls

@@ -86,3 +86,27 @@ def call_of(value: Any, arguments: str) -> ToolCall | None:
         case {"name": str(name)} if name and isinstance(value.get(arguments, {}), dict):
             return ToolCall(name, json.dumps(value.get(arguments, {}), ensure_ascii=False))
     return None
+
+
+def call_schema(tools: dict[str, Any], arguments: str) -> dict[str, Any]:
+    """JSON schema of one call of `tools`, schemas of their `arguments` by name."""
+    calls = []
+    for index, (name, schema) in enumerate(tools.items()):
+        moved = _moved(schema, f"#/anyOf/{index}/properties/{arguments}")
+        properties = {"name": {"const": name}, arguments: moved}
+        call = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+        calls.append(call)
+    return {"anyOf": calls}
+
+
+def _moved(schema: Any, to: str) -> Any:
+    """`schema` with its references to itself, for where it lies at the JSON pointer `to` of a larger one."""
+    if isinstance(schema, list):
+        return [_moved(value, to) for value in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {name: _moved(value, to) for name, value in schema.items()}
+    match moved.get("$ref"):
+        case str(reference) if reference.startswith("#"):
+            moved["$ref"] = to + reference.removeprefix("#")
+    return moved

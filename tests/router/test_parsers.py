@@ -36,7 +36,7 @@ Answer = tuple[str, str, tuple[ToolCall, ...]]
 
 
 def parsed(family: str, parts: list[str], *, reasons: bool = False, inside: bool = False) -> Answer:
-    parser = MessageParser(Family(family, reasons), reasons=reasons, inside=inside, may_call=True)
+    parser = MessageParser(Family(family, reasons), reasons=reasons, inside=inside, most_calls=None)
     found = [parser.push(part, last=False) for part in parts] + [parser.push("", last=True)]
     reasoning, content, calls = zip(*found, strict=True)
     return "".join(reasoning), "".join(content), sum(calls, ())
@@ -151,7 +151,7 @@ def test_cuts_change_nothing(family: str, text: str, cuts: list[int], reasons: b
 
 
 def test_a_call_is_shown_as_soon_as_it_is_whole() -> None:
-    parser = MessageParser(Family("hermes"), reasons=False, inside=False, may_call=True)
+    parser = MessageParser(Family("hermes"), reasons=False, inside=False, most_calls=None)
     assert parser.push("Look: <tool", last=False) == ("", "Look:", ())
     assert parser.push(f"_call>{WEATHER}</tool_call", last=False) == ("", "", ())
     assert parser.push(">", last=False) == ("", "", CALLED)
@@ -172,6 +172,22 @@ TOOL: dict[str, Any] = {
 OTHER: dict[str, Any] = {"type": "function", "function": {"name": "now"}}
 
 
+# As pydantic describes models within models.
+REFERRING: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "$defs": {"Town": {"type": "string", "maxLength": 9}},
+            "type": "object",
+            "properties": {"town": {"$ref": "#/$defs/Town"}},
+            "required": ["town"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
 @pytest.mark.parametrize("family", sorted(TOOLS))
 def test_what_a_choice_forces_is_what_the_parser_reads(family: str) -> None:
     texts = {
@@ -181,12 +197,23 @@ def test_what_a_choice_forces_is_what_the_parser_reads(family: str) -> None:
     }
     assert parsed(family, [texts[family]]) == ("", "", CALLED)
     by_name = {"type": "function", "function": {"name": "now"}}
-    for choice, allowed in (("required", True), (by_name, False)):
-        constraint = tools_of([TOOL, OTHER], choice, Family(family)).constraint
+    for tools, choice, allowed in (
+        ([TOOL, OTHER], "required", True),
+        ([TOOL, OTHER], by_name, False),
+        ([OTHER, REFERRING], "required", True),
+    ):
+        constraint = tools_of(tools, choice, Family(family)).constraint
         assert constraint is not None
         matcher = GrammarCompiler(model_folder(), tokenizer().vocab_size, ()).compile(asyncio.run(made(constraint)))
         ids = tokenizer().encode(texts[family])
         assert (matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()) == allowed
+
+
+def nested_tool(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "object"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return {"type": "function", "function": {"name": "deep", "parameters": schema}}
 
 
 async def made(constraint: Any) -> str:
@@ -215,6 +242,7 @@ async def made(constraint: Any) -> str:
         ([TOOL], "sometimes", "hermes", "tool_choice: found"),
         ([TOOL], {"type": "function", "function": {"name": "x"}}, "hermes", "tool_choice: found"),
         ([], "required", "hermes", "tool_choice: found 'required'; give tools"),
+        ([nested_tool(2000)], "required", "hermes", "tools: found .*nested too deep"),
     ],
 )
 def test_wrong_tools_are_refused(tools: Any, choice: Any, family: str | None, fault: str) -> None:
@@ -280,6 +308,27 @@ def test_official_clients_get_calls_whole_and_streamed() -> None:
                 ]
                 unasked = await client.chat.completions.create(model=MODEL, messages=messages, max_tokens=118)
                 assert hermes.OPENING in (unasked.choices[0].message.content or "")
+
+    with FakeCluster() as cluster:
+        asyncio.run(scenario(cluster))
+
+
+def test_without_parallel_calls_an_answer_has_one() -> None:
+    text = '<tool_call>{"name":"now"}</tool_call>'
+
+    async def scenario(cluster: FakeCluster) -> None:
+        async with running_router(cluster, model={"tool_parser": "hermes"}) as (service, _):
+            base_url = f"http://{service.http_address}/v1"
+            async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
+                ask: Any = {"model": MODEL, "messages": [{"role": "user", "content": text * 2}], "tools": [OTHER]}
+                for parallel, count in ((True, 2), (False, 1)):
+                    answer = await client.chat.completions.create(**ask, max_tokens=120, parallel_tool_calls=parallel)
+                    assert len(answer.choices[0].message.tool_calls or []) == count
+                    deltas = await client.chat.completions.create(
+                        **ask, max_tokens=120, parallel_tool_calls=parallel, stream=True
+                    )
+                    calls = [call async for event in deltas for call in event.choices[0].delta.tool_calls or []]
+                    assert len(calls) == count
 
     with FakeCluster() as cluster:
         asyncio.run(scenario(cluster))
