@@ -65,9 +65,6 @@ class KvSender:
         flights = [flight for outgoing in self._outgoing.values() for flight in outgoing.flights.values()]
         return bool(self._stopping) or any(flight.move is not None or flight.written is not None for flight in flights)
 
-    def __contains__(self, transfer_id: str) -> bool:
-        return transfer_id in self._outgoing
-
     @property
     def active(self) -> tuple[str, ...]:
         """Transfers that have not ended."""
