@@ -118,6 +118,20 @@ def test_errors_carry_code_and_message(client: Client) -> None:
         client.generate([5], max_tokens=200, timeout_s=0.2).result()
 
 
+def test_no_proxy_of_the_environment_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+
+    async def scenario(cluster: FakeCluster) -> None:
+        async with running_router(cluster) as (service, client):
+            assert await client.tokenize("the fox")
+            with Client(service.address) as sync:
+                assert await asyncio.to_thread(sync.tokenize, "the fox")
+
+    with FakeCluster() as cluster:
+        asyncio.run(scenario(cluster))
+
+
 def test_cancelling_a_sync_stream_ends_it(client: Client, cluster: FakeCluster) -> None:
     stream = client.generate([5], max_tokens=200)
     next(iter(stream))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from splitserve.cluster.errors import TopologyError, TopologyErrors
 from splitserve.cluster.topology_file import (
     MAX_FILE_BYTES,
+    TopologyFile,
     load_topology,
     load_topology_file,
     topology_json_schema,
@@ -59,6 +60,13 @@ def test_fields_and_lines(tmp_path: Path) -> None:
     assert file.error("decode.layout.ep", 2, "expected 1").line == 8
     assert file.error("prefill.layout.tp", 2, "expected 1").line == 1
     assert str(file.error("model.dtype", "x", "expected y")) == f"{path}:3: model.dtype: found x; expected y"
+
+
+def test_an_error_about_a_topology_that_is_in_no_file_has_a_line_all_the_same(tmp_path: Path) -> None:
+    """That of a cluster which is scaled."""
+    file = tmp_path / "t.yaml"
+    file.write_text("name: t\nmodel: {path: m}\n")
+    assert TopologyFile(str(file), load_topology(file), {}).error("hosts.gpus", 1, "2").line == 1
 
 
 def test_a_list_of_capacities(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ import pytest
 import yaml
 
 from splitserve.cluster.errors import TopologyError, TopologyErrors
-from splitserve.cluster.topology import BOUNCE_BYTES
+from splitserve.cluster.topology import BOUNCE_BYTES, Topology
 from splitserve.cluster.topology_file import load_topology_file
 from splitserve.deploy.check import render_plan
 from splitserve.deploy.placement import Slot
 from splitserve.deploy.plan import Plan, make_plan
+from splitserve.deploy.supervisor import _kv_path
 from splitserve.models.config import ModelConfig
 
 ROOT = Path(__file__).parents[2]
@@ -168,6 +169,21 @@ def test_transports_follow_the_hosts(tmp_path: Path) -> None:
     assert [link.transport for link in plan_text(tmp_path, raw).links] == ["shm", "tcp", "tcp", "shm"]
     raw |= {"kv_transfer": {"transport": "shm"}}
     assert "different hosts" in faults_of(tmp_path, raw)["kv_transfer.transport"].expected
+
+
+@pytest.mark.parametrize(
+    ("device", "hosts", "path"),
+    [
+        ("cpu", 1, "shm"),
+        ("cpu", 2, "shm within a host, tcp between hosts"),
+        ("cuda", 1, "cuda_ipc"),
+        ("cuda", 2, "cuda_ipc within a host, nccl between hosts"),
+    ],
+)
+def test_status_names_the_ways_of_kv(device: str, hosts: int, path: str) -> None:
+    pool = {"device": device, "kv_memory": "1GiB"}
+    pools = {"prefill": pool, "decode": pool, "hosts": {"count": hosts, "gpus": 2}}
+    assert _kv_path(Topology.model_validate({"name": "t", "model": {"path": "m"}, **pools})) == path
 
 
 def test_kv_goes_from_gpu_to_gpu_where_both_pools_have_them(tmp_path: Path) -> None:
