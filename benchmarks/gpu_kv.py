@@ -31,7 +31,7 @@ SHAPES = {
     "llama-8b": KvLayout(1, 32, 2, 8, 128, 64, "bfloat16"),
 }
 TOKENS = {"128": 128, "2k": 2048, "8k": 8192, "32k": 32768}
-STAGING = {"cuda_ipc": 1 << 30, "nccl": 1 << 30, "shm": 256 << 20}  # of which a transfer gets a quarter
+STAGING = {"cuda_ipc": 1 << 30, "nccl": 2 << 30, "shm": 256 << 20}  # of which a transfer gets a quarter
 REPEATS = 20
 STORE = "tcp://127.0.0.1:29571"
 

@@ -23,7 +23,8 @@ from splitserve.cluster.topology_sections import (
     Tracing,
 )
 
-# Of a prefill rank's GPU, for payloads that are packed and not yet across: within the host, and to others.
+# For payloads that are packed and not yet in pages: of a rank's GPU for those that copy engines carry, of a prefill
+# rank's for those that NCCL does.
 BOUNCE_BYTES, PACKED_BYTES = 128 << 20, 256 << 20
 
 
@@ -107,7 +108,8 @@ class Topology(Section):
     def staging(self) -> int:
         """Bytes of a decode rank for KV on its way: of its GPU for cuda_ipc and nccl, of its host otherwise."""
         on_host = 256 if self.decode.device == "cuda" else 64
-        return self.kv_transfer.staging or (1024 if self.local_transport in ("cuda_ipc", "nccl") else on_host) * 2**20
+        mebibytes = {"cuda_ipc": 1024, "nccl": 2048}.get(self.local_transport, on_host)
+        return self.kv_transfer.staging or mebibytes * 2**20
 
     @property
     def fetch_staging(self) -> int:
@@ -121,14 +123,14 @@ class Topology(Section):
 
     def gpu_staging(self, role: Role) -> int:
         """What of a rank's GPU is for KV on its way: staging, packed payloads, and communicators between hosts."""
-        if not self._between_gpus:
+        if self.prefill is None or self.pool(role).device == "cpu":
             return 0
         by_copy, local_link = self.local_transport == "cuda_ipc", self.local_transport == "nccl"
-        linked = local_link or (self.hosts.count > 1 and self.remote_transport == "nccl")
+        linked = local_link or (self._between_gpus and self.hosts.count > 1 and self.remote_transport == "nccl")
         links = self.kv_transfer.link_memory if linked else 0
         if role == "decode":
-            return links + (self.staging if by_copy or local_link else 0) + BOUNCE_BYTES * (by_copy and self.lends)
-        return links + (BOUNCE_BYTES + self.fetch_staging) * by_copy + PACKED_BYTES * linked
+            return BOUNCE_BYTES + links + self.staging * (by_copy or local_link)
+        return BOUNCE_BYTES + links + self.fetch_staging * by_copy + PACKED_BYTES * linked
 
     def pool(self, role: Role) -> PrefillPool | DecodePool:
         """The pool of `role`. Raises KeyError for a role that this cluster does not have."""

@@ -183,7 +183,7 @@ class KvTransfer(Section):
     staging: Bytes | None = Field(
         default=None,
         description="memory of a decode rank for KV on its way, such as 64MiB; "
-        "if unset, 1GiB for cuda_ipc and nccl, else 256MiB for GPUs and 64MiB for CPUs; "
+        "if unset, 1GiB for cuda_ipc, 2GiB for nccl, else 256MiB for GPUs and 64MiB for CPUs; "
         "a prefill rank has a quarter of it, for prefixes that other engines have cached",
     )
     lease_s: Seconds = Field(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,9 +26,9 @@ from splitserve.kv_transfer.staging import HOST_FRAMES
 # Of the GPU's, which one copy takes. Prefill's kernels fill all of them, and wait for those that pack: it is soon over.
 # Decode's leave some free.
 PACK_SMS, UNPACK_SMS = 64, 16
-# Payloads for another GPU of these sizes are packed here first: its copy engines are faster across than SMs.
-BOUNCES, SLOTS = 2, 1024
-BOUNCED_BYTES = range(1 << 20, BOUNCE_BYTES // BOUNCES + 1)
+# Smaller payloads for another GPU are packed straight across: its copy engines are faster than SMs, but start later.
+LEAST_BOUNCED_BYTES = 1 << 20
+SLOTS = 1024
 HOST_PAYLOADS = 8  # at once, that travel with their messages
 WORD_BYTES, WORD_STRIDE = 8, 2  # every 16 bytes, so that one compiled kernel does for every word
 
@@ -35,7 +36,7 @@ WORD_BYTES, WORD_STRIDE = 8, 2  # every 16 bytes, so that one compiled kernel do
 class DeviceMover:
     """Copies of one cache follow one another. A payload may lie on this GPU, on another that is mapped, or on the host.
 
-    Payloads on the host go through pinned memory: `pack` fills them when it is asked for the sum.
+    Where that is not pinned, `pack` fills the payload when it is asked for the sum.
     """
 
     def __init__(self, cache: KvCache) -> None:
@@ -43,7 +44,7 @@ class DeviceMover:
         self._device = cache.layers[0].device
         self._layers = PagedLayers.of(cache.layers)
         self._stream, self._copies = _stream(self._device), _stream(self._device)
-        self._bounces: list[_Bounce] = []
+        self._bounces = _Bounces(self._device)
         words = torch.zeros(SLOTS, WORD_STRIDE, dtype=torch.int64, device=self._device)
         sums = torch.zeros(SLOTS, dtype=torch.int64, pin_memory=True)
         self._slots = itertools.cycle([_Slot(words[n, :1], sums[n : n + 1]) for n in range(SLOTS)])
@@ -63,36 +64,32 @@ class DeviceMover:
 
     def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor) -> DeviceMove:
         with _current(self._device):
-            if payload.is_cpu:
-                return self._pack_for_host(table, region, payload)
-            if payload.device == self._device or payload.numel() not in BOUNCED_BYTES:
+            small = payload.numel() < LEAST_BOUNCED_BYTES
+            if payload.is_cuda and (small or payload.device == self._device):
                 return self._run(pack_kv, PACK_SMS, table, region, payload)
-            bounce = self._bounce()
-            packed = bounce.bytes.narrow(0, 0, payload.numel())
-            self._stream.wait_event(bounce.free)
-            move = self._run(pack_kv, PACK_SMS, table, region, packed)
+            reached = payload if payload.is_cuda or payload.is_pinned() else torch.empty_like(payload, pin_memory=True)
+            bounce = self._bounces.take(payload.numel(), self._stream)
+            move = self._run(pack_kv, PACK_SMS, table, region, bounce.bytes)
             self._copies.wait_event(move.done)
-            copy_async(payload.data_ptr(), packed.data_ptr(), payload.numel(), self._copies)
+            copy_async(reached.data_ptr(), bounce.bytes.data_ptr(), payload.numel(), self._copies)
             move.done.record(self._copies)
             bounce.free = move.done
+            if reached is not payload:
+                move.fills = (payload, reached)
             return move
 
     def unpack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: Mark) -> DeviceMove:
         with _current(self._device):
-            if payload.is_cpu:
-                with torch.cuda.stream(self._stream):
-                    payload = payload.pin_memory().to(self._device, non_blocking=True)
             if after is not None:
                 self._stream.wait_event(after)
-            return self._run(unpack_kv, UNPACK_SMS, table, region, payload)
-
-    def _pack_for_host(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor) -> DeviceMove:
-        with torch.cuda.stream(self._stream):
-            packed = torch.empty_like(payload, device=self._device)
-            move = self._run(pack_kv, PACK_SMS, table, region, packed)
-            staged = torch.empty_like(payload, pin_memory=True).copy_(packed, non_blocking=True)
-            move.done.record(self._stream)
-            move.fills = (payload, staged)
+            if payload.is_cuda:
+                return self._run(unpack_kv, UNPACK_SMS, table, region, payload)
+            source = payload.pin_memory()
+            bounce = self._bounces.take(payload.numel(), self._copies)
+            copy_async(bounce.bytes.data_ptr(), source.data_ptr(), payload.numel(), self._copies)
+            self._stream.wait_stream(self._copies)
+            move = self._run(unpack_kv, UNPACK_SMS, table, region, bounce.bytes)
+            bounce.free, move.source = move.done, source
             return move
 
     def _run(
@@ -105,23 +102,46 @@ class DeviceMover:
         move.done.record(self._stream)
         return move
 
-    def _bounce(self) -> _Bounce:
-        """The buffer that has waited longest."""
-        if len(self._bounces) < BOUNCES:
-            whole = torch.empty(BOUNCED_BYTES[-1], dtype=torch.uint8, device=self._device)
-            bounce = _Bounce(whole, _recorded(torch.cuda.current_stream(self._device)))
-        else:
-            bounce = self._bounces.pop(0)
-        self._bounces.append(bounce)
-        return bounce
-
 
 @dataclass
 class _Bounce:
-    """Memory for one payload, which the next one may take when `free` has passed."""
+    """Memory for one payload, which others may take when `free` has passed."""
 
     bytes: torch.Tensor
-    free: torch.cuda.Event
+    start: int
+    end: int
+    free: torch.cuda.Event | None = None
+
+    @property
+    def is_free(self) -> bool:
+        return self.free is None or bool(self.free.query())  # type: ignore[no-untyped-call]
+
+
+class _Bounces:
+    """Memory of `device` that payloads pass through, one behind another, and round again.
+
+    Copy engines bring them to other GPUs, and to and from the host, faster than SMs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._bytes: torch.Tensor | None = None
+        self._taken: deque[_Bounce] = deque()
+
+    def take(self, size: int, stream: torch.cuda.Stream) -> _Bounce:
+        """At most BOUNCE_BYTES, for what `stream` does from here on."""
+        if self._bytes is None:
+            self._bytes = torch.empty(BOUNCE_BYTES, dtype=torch.uint8, device=self._device)
+        while self._taken and self._taken[0].is_free:
+            self._taken.popleft()
+        start = -(-self._taken[-1].end // WORD_BYTES) * WORD_BYTES if self._taken else 0
+        start = start if start + size <= BOUNCE_BYTES else 0
+        bounce = _Bounce(self._bytes.narrow(0, start, size), start, start + size)
+        while any(start < other.end and other.start < bounce.end for other in self._taken):
+            if (free := self._taken.popleft().free) is not None:
+                stream.wait_event(free)
+        self._taken.append(bounce)
+        return bounce
 
 
 class _Slot:
@@ -149,11 +169,15 @@ class _Slot:
 
 
 class DeviceMove:
-    """A copy that is done when `done` has passed: then the second of `fills`, if any, holds what goes to the first."""
+    """A copy that is done when `done` has passed: then the second of `fills`, if any, holds what goes to the first.
+
+    `source` is pinned memory that it reads, and nobody else may have until then.
+    """
 
     def __init__(self, slot: _Slot) -> None:
         self._slot, self.done = slot, slot.done
         self.fills: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.source: torch.Tensor | None = None
         self._sum: int | None = None
 
     def total(self) -> int | None:
@@ -171,6 +195,7 @@ class DeviceMove:
                 # Not by torch, which refuses where a model was running when the payload was made.
                 payload.numpy()[:] = staged.numpy()
                 self.fills = None
+            self.source = None
         return self._sum
 
     def settle(self) -> None:

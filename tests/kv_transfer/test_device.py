@@ -13,6 +13,7 @@ from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.layout import KvLayout
 from splitserve.engine.kv_cache import KvCache
 from splitserve.kernels.kv_pack import KvRegion
+from splitserve.kv_transfer import device_mover
 from splitserve.kv_transfer.cuda_ipc import CudaMapping, CudaSegment
 from splitserve.kv_transfer.device_mover import DeviceMove, DeviceMover
 from splitserve.kv_transfer.mover import HostMover
@@ -44,22 +45,39 @@ def total_of(move: DeviceMove) -> int:
     return total
 
 
-@pytest.mark.parametrize("where", ["cpu", "cuda"])
+@pytest.mark.parametrize("where", ["cpu", "pinned", "cuda"])
 def test_payloads_are_those_of_the_host(where: str) -> None:
     payload, expected = expected_payload(1)
     mover = DeviceMover(filled_cache(1))
     with torch.inference_mode():  # as a payload is that is made between two layers of a model
-        found = torch.empty(SIZE, dtype=torch.uint8, device=where)
+        device = "cuda" if where == "cuda" else "cpu"
+        found = torch.empty(SIZE, dtype=torch.uint8, device=device, pin_memory=where == "pinned")
     assert total_of(mover.pack(mover.table(PAGES, 500), REGION, found)) == expected
     assert torch.equal(found.cpu(), payload)
 
     target = DeviceMover(filled_cache(2))
-    assert total_of(target.unpack(target.table(PAGES, 500), REGION, payload.to(where), target.mark())) == expected
+    assert total_of(target.unpack(target.table(PAGES, 500), REGION, payload.to(device), target.mark())) == expected
     back = torch.empty(SIZE, dtype=torch.uint8)
     assert total_of(target.pack(target.table(PAGES, 500), REGION, back)) == expected
     for left, right in zip(target.cache.layers, filled_cache(2).layers, strict=True):
         untouched = [page for page in range(12) if page not in PAGES]
         assert torch.equal(left[:, untouched], right[:, untouched])
+
+
+def test_payloads_pass_through_memory_that_others_had_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_mover, "BOUNCE_BYTES", SIZE * 5 // 2)
+    source, target = DeviceMover(filled_cache(1)), DeviceMover(filled_cache(2))
+    table, filled = source.table(PAGES, 500), target.table(PAGES, 500)
+    regions = [KvRegion((0, 4), (0, 1), (start, min(start + 7 + start % 90, 500))) for start in range(0, 500, 5)]
+    payloads = [torch.empty(region.rows(1) * 576 * 2, dtype=torch.uint8, pin_memory=True) for region in regions]
+    packs = [source.pack(table, region, payload) for region, payload in zip(regions, payloads, strict=True)]
+    totals = [total_of(move) for move in packs]
+    unpacks = [target.unpack(filled, region, payload, None) for region, payload in zip(regions, payloads, strict=True)]
+    assert [total_of(move) for move in unpacks] == totals
+    whole = KvRegion((0, 4), (0, 1), (0, 500))
+    there, here = (torch.empty(whole.rows(1) * 576 * 2, dtype=torch.uint8, device="cuda") for _ in range(2))
+    total_of(source.pack(table, whole, there)), total_of(target.pack(filled, whole, here))
+    assert torch.equal(there, here)
 
 
 def test_marks_pass_in_time_and_the_engine_waits_for_settled_copies() -> None:
