@@ -224,8 +224,8 @@ def test_communicators_between_hosts_count_as_memory_of_both(tmp_path: Path) -> 
     raw["kv_transfer"] = {"transport": "nccl", "link_memory": "1792MiB", "staging": "2304MiB"}
     faults = faults_of(tmp_path, raw)
     assert set(faults) == {"prefill.kv_memory", "decode.kv_memory"}
-    assert "2 GiB of staging" in faults["prefill.kv_memory"].expected
-    assert "4 GiB of staging" in faults["decode.kv_memory"].expected
+    assert "2.12 GiB of staging" in faults["prefill.kv_memory"].expected
+    assert "4.12 GiB of staging" in faults["decode.kv_memory"].expected
 
 
 def test_staging_on_a_gpu_counts_as_memory_of_decode(tmp_path: Path) -> None:
