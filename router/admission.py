@@ -28,9 +28,9 @@ class Admission:
         self.active = 0
 
     @asynccontextmanager
-    async def admit(self, claimant: Claimant) -> AsyncIterator[None]:
-        """Hold one of the places, after waiting for it if need be. Raises Overloaded when the queue is full."""
-        with self.wait() if self._slots.locked else nullcontext():
+    async def admit(self, claimant: Claimant, *, goes_on: bool = False) -> AsyncIterator[None]:
+        """Hold one of the places, after waiting for it if need be. Raises what `wait` does."""
+        with self.wait(goes_on=goes_on) if self._slots.locked else nullcontext():
             await self._slots.acquire(self._slots.claim(claimant))
         self.active += 1
         started = time.monotonic()
@@ -42,9 +42,9 @@ class Admission:
             self._service_s += SMOOTHING * (time.monotonic() - started - self._service_s)
 
     @contextmanager
-    def wait(self) -> Iterator[None]:
-        """Count as one more that waits. Raises Overloaded when the queue is full."""
-        if self.queued >= self.max_queue:
+    def wait(self, *, goes_on: bool = False) -> Iterator[None]:
+        """Count as one more that waits. Raises Overloaded when the queue is full, but for what `goes_on`."""
+        if self.queued >= self.max_queue and not goes_on:
             raise Overloaded(f"the queue is full: {self.queued} requests wait", self.retry_after_s())
         self.queued += 1
         try:

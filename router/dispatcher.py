@@ -17,7 +17,6 @@ import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -44,7 +43,7 @@ from splitserve.router.fair import Claimant, FairSemaphore
 from splitserve.router.metrics import AttemptReason, RouterMetrics, outcome
 from splitserve.router.output_buffer import Answered, SampleOutput
 from splitserve.router.placer import Placer
-from splitserve.router.policy import ANSWER_TOKENS, has_room
+from splitserve.router.policy import has_room
 from splitserve.router.request import MOST_LOSSES, Chunk, Request, Summary, error_of
 from splitserve.router.tenants import Tenant
 from splitserve.router.timeline import Timeline
@@ -110,17 +109,19 @@ class Dispatcher:
         those with the smallest `priority` do. Only those with the same `cache_salt` share cached prefixes.
         `traceparent` names the span that it is a part of, as W3C's header does.
         """
-        claimant = Claimant(tenant.name, priority, len(token_ids) + params.n * (params.max_tokens or ANSWER_TOKENS))
+        cost = len(token_ids) + params.n * tenant.answer_tokens(params.max_tokens)
+        claimant = Claimant(tenant.name, priority, cost)
         extra_keys = (cache_salt,) if cache_salt else ()
         request = self._new_request(token_ids, params, deadline_s, answered, claimant, extra_keys)
-        with outcome(partial(self._end, request, traceparent)):
+        with outcome(partial(self._end, request, tenant, traceparent)):
             summary = await self._answer(request, deadline_s, write, tenant)
             self._account(summary)
             return summary
 
     async def _answer(self, request: Request, deadline_s: float, write: Write, tenant: Tenant) -> Summary:
         try:
-            async with asyncio.timeout(deadline_s), self.admission.admit(request.claimant):
+            admission = self.admission.admit(request.claimant, goes_on=request.goes_on)
+            async with asyncio.timeout(deadline_s), admission:
                 first, *others = by_attempt(request.samples) or [[]]
                 if first:
                     await self._begin(request, first, "new")
@@ -134,10 +135,12 @@ class Dispatcher:
             missing = "" if self.ready else "; not all pools have a worker that is ready"
             raise DeadlineExceeded(f"{deadline_s:g} s passed while {request.stage}{missing}") from error
 
-    def _end(self, request: Request, traceparent: str | None, code: str) -> None:
+    def _end(self, request: Request, tenant: Tenant, traceparent: str | None, code: str) -> None:
         self._forget(request)
         self.metrics.requests.labels(code).inc()
         trace = request.trace(code)
+        if trace.output_tokens:
+            tenant.answered(trace.output_tokens / len(request.samples))
         self.recent.add(trace)
         if self._export is not None:
             self._export(trace, traceparent)
@@ -145,7 +148,7 @@ class Dispatcher:
     def _account(self, summary: Summary) -> None:
         """Measure a request that was answered."""
         metrics, timings = self.metrics, summary.timings
-        if summary.completion_tokens > 1:
+        if timings.tpot_s:
             metrics.tpot.observe(timings.tpot_s)
         metrics.decode.observe(timings.decode_s)
         metrics.total.observe(timings.total_s)
@@ -169,7 +172,7 @@ class Dispatcher:
             token_ids,
             params,
             deadline_s,
-            Timeline(self.metrics),
+            Timeline(self.metrics, goes_on=any(sample.token_ids for sample in answered)),
             self._new_detokenizer,
             self._on_stop_string,
             answered,
@@ -184,7 +187,7 @@ class Dispatcher:
             if await self._ask(request, samples, why, in_line=False) is None:
                 return
             why = "busy"
-        with nullcontext() if request.losses else self.admission.wait():
+        with self.admission.wait(goes_on=request.goes_on):
             claim = self._line.claim(request.claimant)  # who is refused has got nothing of its share
             while True:
                 async with self._line.hold(claim):

@@ -75,6 +75,7 @@ class SplitServe:
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
     async def _generate(self, request: pb.GenerateRequest, context: Context) -> None:
+        self._tenant(context).check()
         self._validator.check_model(request.model)
         match request.WhichOneof("prompt"):
             case "text":
@@ -86,6 +87,7 @@ class SplitServe:
         await self._stream(token_ids, request, context)
 
     async def _chat(self, request: pb.ChatRequest, context: Context) -> None:
+        self._tenant(context).check()
         self._validator.check_model(request.model)
         conversation = _conversation(request.messages)
         token_ids = await self._validator.encode_chat(conversation, remember=not request.cache_salt)
@@ -106,11 +108,12 @@ class SplitServe:
         deadline_s = self._default_deadline_s if remaining_s is None or math.isinf(remaining_s) else remaining_s
         serve = partial(self._dispatcher.serve, priority=request.priority, traceparent=_traceparent(context))
         serve = partial(serve, cache_salt=self._validator.cache_salt(request.cache_salt))
-        with (tenant := self._tenant(context)).request(len(token_ids)):
+        with (tenant := self._tenant(context)).request(len(token_ids), params.n):
             summary = await serve(token_ids, params, deadline_s, write, answered, tenant=tenant)
         await context.write(pb.GenerateResponse(request_id=summary.request_id, summary=_summary(summary)))
 
     async def _tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        self._tenant(context).take_request()
         self._validator.check_model(request.model)
         match request.WhichOneof("input"):
             case "text":
@@ -122,6 +125,7 @@ class SplitServe:
         return pb.TokenizeResponse(token_ids=token_ids)
 
     async def _detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+        self._tenant(context).take_request()
         self._validator.check_model(request.model)
         return pb.DetokenizeResponse(text=self._validator.decode(request.token_ids))
 

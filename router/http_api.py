@@ -83,10 +83,12 @@ class HttpApi:
         )
 
     def _for_tenants(self, endpoint: Endpoint) -> Endpoint:
-        """`endpoint` for those whom the cluster knows; what others send is not read."""
+        """`endpoint` for those whom the cluster knows and whose limits allow it; what others send is not read."""
 
         async def answer(request: Request) -> Response:
-            request.state.tenant = self._tenants.find(request.headers.get("authorization"))
+            request.state.tenant = tenant = self._tenants.find(request.headers.get("authorization"))
+            if request.method == "POST":
+                tenant.check()
             return await endpoint(request)
 
         return answer
@@ -113,7 +115,8 @@ class HttpApi:
     async def _serve(self, call: Call, request: Request, deadline_s: float, write: WriteChunk) -> list[Summary]:
         """Serve a call's prompts side by side. All end when one fails or when the client leaves."""
         tenant: Tenant = request.state.tenant
-        with tenant.request(sum(len(prompt.token_ids) for prompt in call.prompts)):
+        prompt_tokens = sum(len(prompt.token_ids) for prompt in call.prompts)
+        with tenant.request(prompt_tokens, sum(prompt.params.n for prompt in call.prompts)):
             return await self._serve_prompts(call, request, deadline_s, write)
 
     async def _serve_prompts(self, call: Call, request: Request, deadline_s: float, write: WriteChunk) -> list[Summary]:
@@ -161,11 +164,13 @@ class HttpApi:
         }
 
     async def _tokenize(self, request: Request) -> Response:
+        request.state.tenant.take_request()
         token_ids = await openai_requests.tokenize(await read_json(request), self._validator)
         context = self._validator.context
         return json_response({"tokens": token_ids, "count": len(token_ids), "max_model_len": context})
 
     async def _detokenize(self, request: Request) -> Response:
+        request.state.tenant.take_request()
         return json_response({"prompt": openai_requests.detokenize(await read_json(request), self._validator)})
 
     async def _trace(self, request: Request) -> Response:

@@ -54,7 +54,7 @@ class Placer:
 
     def _refuse_late(self, request: Request, prefill: EngineView, ttft_s: float) -> None:
         """What would have its first token too late is better told at once. What goes on from earlier is not refused."""
-        if request.placement.decode or request.losses:
+        if request.placement.decode or request.goes_on:
             return
         limit_s = min(request.remaining_s, (self._slo.ttft_s or math.inf) - request.waited_s)
         if late_s := lateness(prefill, ttft_s, limit_s):

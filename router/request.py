@@ -85,7 +85,8 @@ class Request:
         ]
         for sample, known in zip(self.samples, answered, strict=bool(answered)):
             sample.restore(known)
-        if any(sample.token_ids for sample in self.samples):
+        self._known = [len(sample.token_ids) for sample in self.samples]
+        if any(self._known):
             self._cached_tokens = 0  # the client has had the first tokens, and what comes with them
         self._output = OutputBuffer(self.samples, partial(on_stop_string, request_id))
 
@@ -108,6 +109,11 @@ class Request:
     def losses(self) -> int:
         """How often it had to go on elsewhere: as often as any of its samples had to."""
         return max(sample.losses for sample in self.samples)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether others have answered part of it: then it is not refused for want of room."""
+        return any(self._known) or self.losses > 0
 
     @property
     def attempts(self) -> list[Attempt]:
@@ -213,12 +219,13 @@ class Request:
     def summary(self) -> Summary:
         """The account of a finished request."""
         lengths = [len(sample.token_ids) for sample in self.samples]
+        new = max(length - known for length, known in zip(lengths, self._known, strict=True))
         return Summary(
             request_id=self.id,
             prompt_tokens=len(self._token_ids),
             cached_tokens=self._cached_tokens or 0,
             completion_tokens=sum(lengths),
-            timings=self.timeline.timings(max(lengths)),
+            timings=self.timeline.timings(new),
             placement=self.placement,
             losses=self.losses,
         )

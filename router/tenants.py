@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from splitserve.cluster.api_key_file import ApiKey, hash_key, read_api_keys
-from splitserve.cluster.errors import Overloaded, Unauthenticated
+from splitserve.cluster.errors import InvalidRequest, Overloaded, Unauthenticated
+from splitserve.router.policy import ANSWER_TOKENS
 from splitserve.router.renewal import Renewed
 
 BUSY_RETRY_S = 1.0
 MINUTE_S = 60.0
+SMOOTHING = 0.1
 
 Clock = Callable[[], float]
 
@@ -51,29 +53,49 @@ class Tenant:
         self._requests = Allowance(key.requests_per_minute if key else None, clock)
         self._tokens = Allowance(key.tokens_per_minute if key else None, clock)
         self._running = 0
+        self._answer_tokens = float(ANSWER_TOKENS)  # smoothed, of a sample
 
     @contextmanager
-    def request(self, prompt_tokens: int) -> Iterator[None]:
-        """Count as a request that runs. Raises Overloaded where the holder's limits have no room for it.
+    def request(self, prompt_tokens: int, answers: int = 1) -> Iterator[None]:
+        """Count as a request that runs, for so many answers. Raises Overloaded where the limits have no room for it.
 
         Tokens are counted as they come, `prompt_tokens` first: whoever has some left may ask for more than that.
+        InvalidRequest: there will never be room.
         """
-        if self._most is not None and self._running >= self._most:
-            raise Overloaded(f"{self.name} has {self._running} requests running, its most", BUSY_RETRY_S)
-        for what, allowance in (("requests", self._requests), ("tokens", self._tokens)):
-            if wait_s := allowance.wait_s(1):
-                raise Overloaded(f"{self.name} has no {what} left for this minute", wait_s)
-        self._requests.take(1)
+        if self._most is not None and answers > self._most:
+            raise InvalidRequest("n", f"{answers} answers", f"{self.name} may have {self._most} under way at once")
+        if self._most is not None and self._running + answers > self._most:
+            raise Overloaded(f"{self.name} has {self._running} answers under way of {self._most}", BUSY_RETRY_S)
+        self.take_request()
         self._tokens.take(prompt_tokens)
-        self._running += 1
+        self._running += answers
         try:
             yield
         finally:
-            self._running -= 1
+            self._running -= answers
+
+    def check(self) -> None:
+        """Raises Overloaded where the holder has nothing left for this minute."""
+        for what, allowance in (("requests", self._requests), ("tokens", self._tokens)):
+            if wait_s := allowance.wait_s(1):
+                raise Overloaded(f"{self.name} has no {what} left for this minute", wait_s)
+
+    def take_request(self) -> None:
+        """Count a request. Raises what `check` does."""
+        self.check()
+        self._requests.take(1)
 
     def take_tokens(self, count: int) -> None:
         """Count tokens of an answer."""
         self._tokens.take(count)
+
+    def answer_tokens(self, max_tokens: int | None) -> float:
+        """How many an answer that may have `max_tokens` is likely to have, by those of late."""
+        return min(self._answer_tokens, max_tokens or self._answer_tokens)
+
+    def answered(self, tokens: float) -> None:
+        """An answer had so many: that is what shares go by, not what was asked for."""
+        self._answer_tokens += SMOOTHING * (tokens - self._answer_tokens)
 
 
 class Tenants:

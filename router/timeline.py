@@ -70,10 +70,13 @@ class _Leg:
 
 
 class Timeline:
-    """When a request reached each stage of its life. `metrics` hears of each stage as it ends."""
+    """When a request reached each stage of its life. `metrics` hears of each stage as it ends.
 
-    def __init__(self, metrics: RouterMetrics) -> None:
-        self._metrics = metrics
+    One that `goes_on` from what another router answered has had its first token there.
+    """
+
+    def __init__(self, metrics: RouterMetrics, *, goes_on: bool = False) -> None:
+        self._metrics, self._goes_on = metrics, goes_on
         self.arrived = time.monotonic()
         self._legs: dict[int, _Leg] = {}
         self._waits_from = self.arrived
@@ -115,7 +118,8 @@ class Timeline:
         now = time.monotonic()
         if self._joined is None:
             self._joined = now
-            self._metrics.kv_transfer.observe(now - (self._first_token or now))
+            if not self._goes_on:
+                self._metrics.kv_transfer.observe(now - (self._first_token or now))
         if leg := self._legs.get(attempt):
             leg.joined = now
 
@@ -124,6 +128,8 @@ class Timeline:
         if self._last_token is not None and now > self._last_token:  # samples of one step come together
             self._metrics.inter_token.observe(now - self._last_token)
         self._last_token = now
+        if self._goes_on and self._first_token is None:
+            self._first_token = now
 
     def lost(self, attempt: int, reason: str) -> None:
         """An attempt has lost an engine or its KV; another one waits from now on."""
@@ -138,7 +144,7 @@ class Timeline:
         return [*spans, Span("queue", "", self._waits_from, now)] if waits else spans
 
     def timings(self, num_tokens: int) -> Timings:
-        """The account so far; `num_tokens` is the length of the longest sample."""
+        """The account so far; `num_tokens` is how many the longest sample got here."""
         now = time.monotonic()
         placed = self._placed or now
         first = self._first_token or now
@@ -149,7 +155,7 @@ class Timeline:
             prefill_s=self._prefill_s,
             kv_transfer_s=decode_from - first,
             decode_s=max(last - decode_from, 0.0),
-            ttft_s=first - self.arrived,
+            ttft_s=0.0 if self._goes_on else first - self.arrived,
             tpot_s=(last - first) / (num_tokens - 1) if num_tokens > 1 else 0.0,
             total_s=now - self.arrived,
         )

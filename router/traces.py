@@ -98,8 +98,8 @@ class RecentRequests:
         """Of requests that were answered within RECENT_S."""
         since = time.monotonic() - RECENT_S
         timings = [one for ended, one in self._timings if ended >= since]
-        tpot = [one.tpot_s for one in timings if one.tpot_s]
-        return Latencies(len(timings), Latency.of([one.ttft_s for one in timings]), Latency.of(tpot))
+        ttft, tpot = [one.ttft_s for one in timings if one.ttft_s], [one.tpot_s for one in timings if one.tpot_s]
+        return Latencies(len(timings), Latency.of(ttft), Latency.of(tpot))
 
 
 def chrome_trace(traces: Sequence[RequestTrace]) -> str:

@@ -137,6 +137,16 @@ def test_a_holder_over_its_limits_is_told_when_to_come_back(tmp_path: Path) -> N
             assert 25_000 <= int(headers["retry-after-ms"]) <= 30_000
         assert await ask(service, keys.key["alice"]) == "RESOURCE_EXHAUSTED for 30 s"
         assert await ask(service, keys.key["bob"]) == "OK"
+        async with AsyncClient(service.address, api_key=keys.key["alice"]) as alice:
+            for call in (alice.tokenize("a"), alice.detokenize([5])):
+                with pytest.raises(SplitserveClientError, match="alice has no requests left"):
+                    await call
+            assert (await alice.models())[0].name == MODEL, "what costs nothing"
+        headers = {"authorization": f"Bearer {keys.key['alice']}"}
+        async with httpx.AsyncClient(base_url=f"http://{service.http_address}", headers=headers) as client:
+            for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
+                refused = await client.post(path, content=b"no JSON")
+                assert (refused.status_code, path) == (429, path), "before it is read"
 
     with FakeCluster() as cluster, nothing_left(cluster):
         run(keys, scenario, cluster)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from splitserve.client import SplitserveClientError
+from splitserve.client import AsyncClient, SplitserveClientError
+from splitserve.cluster.api_key_file import add_api_key
 from splitserve.cluster.messages import EngineSpeed
 from splitserve.router.fair import Claimant, FairSemaphore
 from splitserve.router.fake_cluster import FakeCluster
 from splitserve.router.fake_engine import Behaviour
-from tests.router.routers import eventually, running_router
+from tests.router.routers import eventually, nothing_left, running_router
 
 
 async def order_of(claimants: dict[str, Claimant], capacity: int = 1) -> list[str]:
@@ -114,6 +116,42 @@ def test_of_requests_that_wait_for_an_engine_the_urgent_one_is_next() -> None:
                 assert order == [0, 1, 2, 3]
 
     asyncio.run(scenario())
+
+
+def test_shares_are_of_tokens_had_not_of_tokens_asked_for(tmp_path: Path) -> None:
+    """Alice's answers may have 100 tokens and stop after two; bob asks for two."""
+    file = tmp_path / "keys.toml"
+    keys = {name: add_api_key(file, name) for name in ("alice", "bob")}
+
+    async def scenario(cluster: FakeCluster) -> None:
+        security = {"api_keys": str(file)}
+        async with (
+            running_router(cluster, connection={"api_key": keys["bob"]}, security=security) as (service, bob),
+            AsyncClient(service.address, api_key=keys["alice"]) as alice,
+        ):
+            order: list[str] = []
+
+            async def ask(name: str) -> None:
+                if name == "alice":
+                    await alice.generate("abc", max_tokens=100, stop=["b"]).result()
+                else:
+                    await bob.generate([5, 6, 7], max_tokens=2).result()
+                order.append(name)
+
+            for _ in range(60):
+                await ask("alice")
+            order.clear()
+            running = asyncio.ensure_future(bob.generate([1, 2, 3], max_tokens=100).result())
+            await eventually(lambda: bool(cluster.engines["decode/0/0"].jobs))
+            waiting = []
+            for name in ["alice"] * 10 + ["bob"] * 10:
+                waiting.append(asyncio.ensure_future(ask(name)))
+                await eventually(lambda: service.dispatcher.admission.queued == len(waiting))
+            await asyncio.gather(running, *waiting)
+            assert 4 <= order[:10].count("alice") <= 6, order
+
+    with FakeCluster(behaviour=Behaviour(slots=1, step_s=0.005)) as cluster, nothing_left(cluster):
+        asyncio.run(scenario(cluster))
 
 
 def test_what_would_come_too_late_is_refused_at_once_with_a_time_to_come_again() -> None:

@@ -188,6 +188,37 @@ def test_what_the_client_has_does_not_come_again(finish_reason: pb.FinishReason.
         asyncio.run(scenario(cluster))
 
 
+def test_what_goes_on_is_not_refused_by_a_full_queue_and_has_no_first_token_here() -> None:
+    async def scenario(cluster: FakeCluster) -> None:
+        async with (
+            running_router(cluster, max_active=1, max_queue=1) as (service, client),
+            grpc.aio.insecure_channel(service.address) as channel,
+        ):
+            running = [asyncio.ensure_future(client.generate([5, 6], max_tokens=40).result())]
+            await eventually(lambda: cluster.engines["decode/0/0"].decoding)
+            running.append(asyncio.ensure_future(client.generate([5, 6], max_tokens=2).result()))
+            await eventually(lambda: service.dispatcher.admission.queued == 1)
+            with pytest.raises(SplitserveClientError, match="the queue is full"):
+                await client.generate([5, 6], max_tokens=2).result()
+            request = pb.GenerateRequest(
+                token_ids=pb.TokenIds(ids=[5, 6, 7]),
+                sampling=pb.Sampling(max_tokens=9),
+                answered=[pb.Answered(token_ids=echo([5, 6, 7], 4))],
+            )
+            *chunks, last = [response async for response in SplitServeStub(channel).Generate(request)]
+            assert sum(len(delta.token_ids) for chunk in chunks for delta in chunk.deltas) == 5
+            timings = last.summary.timings
+            assert timings.ttft_s == 0.0
+            assert 0.005 < timings.tpot_s < 0.1
+            await asyncio.gather(*running)
+            assert service.dispatcher.recent.latencies().ttft.p50_s > 0.0
+            count = "splitserve_time_to_first_token_seconds_count"
+            assert service.dispatcher.metrics.registry.get_sample_value(count) == 2
+
+    with FakeCluster(behaviour=Behaviour(step_s=0.01)) as cluster, nothing_left(cluster):
+        asyncio.run(scenario(cluster))
+
+
 @pytest.mark.parametrize(
     ("answered", "fault"),
     [

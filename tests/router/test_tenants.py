@@ -7,7 +7,8 @@ from contextlib import ExitStack
 import pytest
 
 from splitserve.cluster.api_key_file import ApiKey, hash_key
-from splitserve.cluster.errors import Overloaded
+from splitserve.cluster.errors import InvalidRequest, Overloaded
+from splitserve.router.policy import ANSWER_TOKENS
 from splitserve.router.tenants import Tenant, Tenants
 
 
@@ -90,6 +91,36 @@ def test_running_requests_are_bounded_and_come_free_however_they_end(clock: Cloc
         raise KeyError
     with alice.request(1), alice.request(1):
         refused(alice)
+
+
+def test_every_answer_of_a_request_is_one_under_way(clock: Clock) -> None:
+    alice = tenant(clock, concurrent=4, requests_per_minute=60)
+    with alice.request(1, answers=3):
+        with pytest.raises(Overloaded, match="alice has 3 answers under way of 4"), alice.request(1, answers=2):
+            pass
+        with alice.request(1):
+            assert refused(alice) == 1.0
+    with pytest.raises(InvalidRequest, match="n: found '5 answers'; alice may have 4"), alice.request(1, answers=5):
+        pass
+
+
+def test_what_needs_no_engine_is_a_request_too(clock: Clock) -> None:
+    alice = tenant(clock, requests_per_minute=2)
+    alice.take_request()
+    alice.check()
+    alice.take_request()
+    for ask in (alice.take_request, alice.check):
+        with pytest.raises(Overloaded, match="no requests left"):
+            ask()
+
+
+def test_answers_are_taken_to_be_as_long_as_those_of_late(clock: Clock) -> None:
+    alice = tenant(clock)
+    assert (alice.answer_tokens(None), alice.answer_tokens(10)) == (ANSWER_TOKENS, 10)
+    for _ in range(100):
+        alice.answered(20.0)
+    assert alice.answer_tokens(1000) == alice.answer_tokens(None) == pytest.approx(20.0, abs=0.1)
+    assert alice.answer_tokens(10) == 10
 
 
 def test_without_a_file_everybody_may(clock: Clock) -> None:
