@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from splitserve.cluster.errors import InvalidRequest, Overloaded
 MAX_CHARACTERS = 64 * 1024
 MAX_REPLY_BYTES = 8 * 2**20
 REMEMBERED = 64
+MOST_WAITING = 32  # constraints; each may take CHECK_S seconds, and a process that is killed as many again
 CHECK_AGAIN_S = 1.0
 
 Kind = Literal["json_schema", "regex", "grammar", "choice"]
@@ -50,17 +51,21 @@ class GrammarChecker:
         self._process: Process | None = None
         self._turn = asyncio.Lock()
         self._known: OrderedDict[Constraint, dict[str, str]] = OrderedDict()
+        self._waiting: Counter[Constraint] = Counter()
 
     async def grammar(self, constraint: Constraint) -> str:
-        """The grammar for `SamplingParams.grammar`. Raises InvalidRequest naming the constraint's field."""
+        """The grammar for `SamplingParams.grammar`.
+
+        Raises InvalidRequest naming the constraint's field, Overloaded where too many others wait.
+        """
         if not 0 < len(constraint.text) <= MAX_CHARACTERS:
             expected = f"give 1 to {MAX_CHARACTERS} characters"
             raise InvalidRequest(constraint.field, f"{len(constraint.text)} characters", expected)
-        async with self._turn:
-            reply = self._known.pop(constraint, None) or await self._ask(constraint)
-            self._known[constraint] = reply
-            if len(self._known) > REMEMBERED:
-                self._known.popitem(last=False)
+        reply = self._known.get(constraint) or await self._in_turn(constraint)
+        self._known[constraint] = reply
+        self._known.move_to_end(constraint)
+        if len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
         if "error" in reply:
             raise InvalidRequest(constraint.field, constraint.text, reply["error"])
         return reply["grammar"]
@@ -72,6 +77,17 @@ class GrammarChecker:
             if process.returncode is None:
                 process.kill()
             await process.wait()
+
+    async def _in_turn(self, constraint: Constraint) -> dict[str, str]:
+        """What a checker says, or has said to another request meanwhile."""
+        if constraint not in self._waiting and len(self._waiting) >= MOST_WAITING:
+            raise Overloaded(f"{MOST_WAITING} constraints wait to be checked", CHECK_AGAIN_S)
+        self._waiting[constraint] += 1
+        try:
+            async with self._turn:
+                return self._known.get(constraint) or await self._ask(constraint)
+        finally:
+            self._waiting -= Counter([constraint])
 
     async def _ask(self, constraint: Constraint) -> dict[str, str]:
         """What a checker says. Raises Overloaded where two were killed, by the host for want of memory, say."""

@@ -133,7 +133,7 @@ class Dispatcher:
             return request.summary()
         except TimeoutError as error:
             missing = "" if self.ready else "; not all pools have a worker that is ready"
-            raise DeadlineExceeded(f"{deadline_s:g} s passed while {request.stage}{missing}") from error
+            raise DeadlineExceeded(f"{deadline_s:.3g} s passed while {request.stage}{missing}") from error
 
     def _end(self, request: Request, tenant: Tenant, traceparent: str | None, code: str) -> None:
         self._forget(request)

@@ -21,7 +21,7 @@ from splitserve.router.output_buffer import Answered, Delta
 from splitserve.router.request import Chunk, Summary
 from splitserve.router.tenants import Tenant, Tenants
 from splitserve.router.v1 import splitserve_pb2 as pb
-from splitserve.router.validate import Validator
+from splitserve.router.validate import Validator, checked_within
 
 SERVICE: str = pb.DESCRIPTOR.services_by_name["SplitServe"].full_name
 TRACEPARENT = "traceparent"  # W3C's header, as metadata
@@ -97,19 +97,18 @@ class SplitServe:
         self, token_ids: list[int], request: pb.GenerateRequest | pb.ChatRequest, context: Context
     ) -> None:
         params, answered = _sampling_params(request.sampling), [_answered(sample) for sample in request.answered]
-        params = await self._validator.constrain(params, _constraint(request.sampling))
+        async with checked_within(self._deadline_s(context)):
+            params = await self._validator.constrain(params, _constraint(request.sampling))
         self._validator.check_params(token_ids, params)
         self._validator.check_answered(answered, token_ids, params)
 
         async def write(chunk: Chunk) -> None:
             await context.write(_response(chunk))
 
-        remaining_s = context.time_remaining()
-        deadline_s = self._default_deadline_s if remaining_s is None or math.isinf(remaining_s) else remaining_s
         serve = partial(self._dispatcher.serve, priority=request.priority, traceparent=_traceparent(context))
         serve = partial(serve, cache_salt=self._validator.cache_salt(request.cache_salt))
         with (tenant := self._tenant(context)).request(len(token_ids), params.n):
-            summary = await serve(token_ids, params, deadline_s, write, answered, tenant=tenant)
+            summary = await serve(token_ids, params, self._deadline_s(context), write, answered, tenant=tenant)
         await context.write(pb.GenerateResponse(request_id=summary.request_id, summary=_summary(summary)))
 
     async def _tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
@@ -158,6 +157,10 @@ class SplitServe:
                 raise
 
         return handle
+
+    def _deadline_s(self, context: Context) -> float:
+        remaining_s = context.time_remaining()
+        return self._default_deadline_s if remaining_s is None or math.isinf(remaining_s) else remaining_s
 
     def _tenant(self, context: Context) -> Tenant:
         authorization = dict(context.invocation_metadata() or ()).get("authorization")

@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -22,20 +23,22 @@ from splitserve.router.dispatcher import Dispatcher
 from splitserve.router.http_body import read_json
 from splitserve.router.http_errors import json_response, on_fault, on_http_exception, on_splitserve_error
 from splitserve.router.http_metrics import CallCounter, MetricsEndpoint
-from splitserve.router.http_stream import EventStream, Write, until_client_leaves
+from splitserve.router.http_stream import EventStream, Write, unless_client_leaves, until_client_leaves
 from splitserve.router.openai_requests import Call
 from splitserve.router.openai_responses import Answer, ChatAnswer, CompletionAnswer, Json
 from splitserve.router.request import Chunk, Summary
 from splitserve.router.tenants import Tenant, Tenants
 from splitserve.router.v1 import splitserve_pb2 as pb
-from splitserve.router.validate import Validator
+from splitserve.router.validate import Validator, checked_within
 
 DEADLINE = "x-request-timeout"  # header: a request's deadline in seconds
 MAX_DEADLINE_S = 86400.0
+CONSTRAINTS = {"response_format", "structured_outputs", "tools"}  # fields whose check may take its time
 
 WriteChunk = Callable[[int, Chunk], Awaitable[None]]
 Endpoint = Callable[[Request], Awaitable[Response]]
 Serve = Callable[[WriteChunk], Awaitable[list[Summary]]]
+Check = Callable[[dict[str, Any], Validator], Awaitable[Call]]
 
 
 class HttpApi:
@@ -94,16 +97,18 @@ class HttpApi:
         return answer
 
     async def _complete(self, request: Request) -> Response:
-        call = await openai_requests.completion(await read_json(request), self._validator)
-        return await self._answer(request, call, CompletionAnswer)
+        return await self._answer(request, openai_requests.completion, CompletionAnswer)
 
     async def _chat(self, request: Request) -> Response:
-        call = await openai_requests.chat(await read_json(request), self._validator)
-        return await self._answer(request, call, ChatAnswer)
+        return await self._answer(request, openai_requests.chat, ChatAnswer)
 
-    async def _answer(self, request: Request, call: Call, answer_type: type[Answer]) -> Response:
+    async def _answer(self, request: Request, check: Check, answer_type: type[Answer]) -> Response:
+        body, deadline_s, began = await read_json(request), self._deadline_s(request), time.monotonic()
+        checking = check(body, self._validator)
+        async with checked_within(deadline_s):
+            call = await (unless_client_leaves(request.receive, checking) if CONSTRAINTS & body.keys() else checking)
         answer = answer_type(call, self._validator)
-        serve = partial(self._serve, call, request, self._deadline_s(request))
+        serve = partial(self._serve, call, request, deadline_s - (time.monotonic() - began))
         if call.stream:
             return EventStream(partial(_stream, answer, serve))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
@@ -56,7 +57,12 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._feed(data)
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self._refuse(*self._refusal)
         if self._most is None and self.cycle.response_complete:
             self._await_head()  # empty lines between requests have undone uvicorn's own timer
         if self._most is not None and not self.transport.is_closing():
@@ -79,6 +85,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
             self._refusal = _too_much(MAX_HEAD_BYTES)
             raise _Refused
+        if self._is_offer():
+            return
         self._expect(MAX_MESSAGE_BYTES, BODY_S)
         super().on_headers_complete()
         # An answer that comes before all of the body must not close the connection: bytes that nobody reads reset it,
@@ -87,6 +95,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self.cycle.keep_alive = True
 
     def on_message_complete(self) -> None:
+        if self._is_offer():
+            return
         self._most = None
         self._end_timer()
         super().on_message_complete()
@@ -95,9 +105,23 @@ class BoundedProtocol(HttpToolsProtocol):
             if self.cycle.response_complete:
                 self.transport.close()
 
-    def send_400_response(self, msg: str) -> None:
-        """What uvicorn calls when the parser fails; ours says why, as all errors do."""
-        self._refuse(*self._refusal)
+    def _feed(self, data: bytes) -> None:
+        """Parse `data`, a head that offers another protocol without the offer: the parser leaves out such bodies."""
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                if not self._is_offer():  # but CONNECT: nothing that follows is for us
+                    return
+                start = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+                fields = (b"%b: %b" % field for field in self.headers if field[0] != b"upgrade")
+                data = b"\r\n".join([start, *fields, b"", data[upgrade.args[0] :]])
+                self.parser = httptools.HttpRequestParser(self)  # after `connection: close` the old one ignores all
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+
+    def _is_offer(self) -> bool:
+        return self.parser.should_upgrade() and any(name == b"upgrade" for name, _ in self.headers)
 
     def _await_head(self) -> None:
         self._expect(MAX_HEAD_BYTES, HEAD_S)

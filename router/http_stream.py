@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -14,6 +14,7 @@ from splitserve.router.http_errors import error_object
 from splitserve.router.openai_responses import event
 
 Write = Callable[[bytes], Awaitable[None]]
+T = TypeVar("T")
 
 
 class EventStream(Response):
@@ -47,6 +48,18 @@ class EventStream(Response):
                 raise
             end = event(error_object(error))
         await write(end, more=False)
+
+
+async def unless_client_leaves(receive: Receive, work: Awaitable[T]) -> T:
+    """What `work` comes to. Raises RequestCancelled, and ends it, once the client has left."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            watching = group.create_task(until_client_leaves(receive))
+            found = await work
+            watching.cancel()
+        return found
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None
 
 
 async def until_client_leaves(receive: Receive) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,11 +24,13 @@ MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reas
 
 @dataclass(frozen=True)
 class Prompt:
-    """One of a call's prompts. `text` is what stands before its answer where the call asks for `echo`."""
+    """One of a call's prompts. `text` is what stands before its answer where the call asks for `echo`, and `offsets`
+    says where in it each token begins, where log probabilities are asked for too."""
 
     token_ids: list[int]
     params: SamplingParams
     text: str = ""
+    offsets: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,9 @@ async def completion(raw: dict[str, Any], validator: Validator) -> Call:
         fitted = replace(params, max_tokens=limit if answered else 1)
         validator.check_params(token_ids, fitted)
         text = (prompt if isinstance(prompt, str) else validator.tokenizer.decode(token_ids)) if body.echo else ""
-        prompts.append(Prompt(token_ids, fitted, text))
+        wants_offsets = fitted.prompt_logprobs is not None
+        offsets = await asyncio.to_thread(validator.tokenizer.offsets, prompt) if wants_offsets else ()
+        prompts.append(Prompt(token_ids, fitted, text, offsets))
     cache_salt = validator.cache_salt(text_of("cache_salt", body.cache_salt))
     return Call(prompts, body.stream, body.include_usage, body.priority, cache_salt, body.echo, answered)
 
@@ -80,11 +85,9 @@ async def chat(raw: dict[str, Any], validator: Validator) -> Call:
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs", body.top_logprobs, "give it with logprobs: true only")
     params = body.sampling_params((body.top_logprobs or 0) if body.logprobs else None)
-    tools = tools_of(body.tools, body.tool_choice, validator.family)
-    constraint = constraint_of(body.response_format, body.structured_outputs)
-    if tools.constraint and constraint:
-        raise InvalidRequest("tool_choice", body.tool_choice, "give it or a form of the answer, not both")
-    params = await validator.constrain(params, tools.constraint or constraint)
+    params = await validator.constrain(params, constraint_of(body.response_format, body.structured_outputs))
+    tools = tools_of(body.tools, body.tool_choice, validator.family, params.grammar)
+    params = await validator.constrain(params, tools.constraint)
     if body.max_completion_tokens is not None:
         params = replace(params, max_tokens=body.max_completion_tokens)
     cache_salt = validator.cache_salt(text_of("cache_salt", body.cache_salt))

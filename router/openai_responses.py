@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from splitserve.cluster.messages import TokenLogprobs
 from splitserve.router.detokenizer import Detokenizer
-from splitserve.router.openai_requests import Call
+from splitserve.router.openai_requests import Call, Prompt
 from splitserve.router.output_buffer import Delta
 from splitserve.router.parsers.message import MessageParser
 from splitserve.router.parsers.pieces import ToolCall
@@ -152,7 +152,9 @@ class CompletionAnswer(Answer):
     def __init__(self, call: Call, validator: Validator) -> None:
         super().__init__(call, validator)
         new_detokenizer = self.tokenizer.detokenizer
-        self._offsets: dict[int, _TextOffsets] = defaultdict(lambda: _TextOffsets(new_detokenizer()))
+        self._offsets = [
+            _TextOffsets(prompt, new_detokenizer()) for prompt in call.prompts for _ in range(prompt.params.n)
+        ]
 
     def choice(self, index: int, part: _Part) -> Json:
         logprobs = self._logprobs(index, part) if part.logprobs else None
@@ -250,13 +252,16 @@ class ChatAnswer(Answer):
 
 
 class _TextOffsets:
-    """Where each token's characters begin in its choice's text."""
+    """Where each token's characters begin in its choice's text, which an echo of the prompt may begin."""
 
-    def __init__(self, detokenizer: Detokenizer) -> None:
+    def __init__(self, prompt: Prompt, detokenizer: Detokenizer) -> None:
+        self._of_prompt = iter(prompt.offsets)
         self._detokenizer = detokenizer
-        self._length = 0
+        self._length = len(prompt.text)
 
     def next(self, token_id: int) -> int:
+        if (offset := next(self._of_prompt, None)) is not None:
+            return offset
         offset = self._length
         self._length += len(self._detokenizer.push(token_id))
         return offset

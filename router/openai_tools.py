@@ -20,14 +20,17 @@ NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
 
 @dataclass(frozen=True)
 class Tools:
-    """`offered` as the template takes them, none if no tool may be called; `constraint` where one must be."""
+    """`offered` as the template takes them, none if no tool may be called; `constraint` where an answer is not free."""
 
     offered: Sequence[dict[str, Any]] = ()
     constraint: Constraint | None = None
 
 
-def tools_of(tools: Any, choice: Any, family: Family) -> Tools:
-    """What `tools` and `tool_choice` ask for. Raises InvalidRequest naming the field that is wrong."""
+def tools_of(tools: Any, choice: Any, family: Family, form: str | None = None) -> Tools:
+    """What `tools` and `tool_choice` ask for, where an answer that calls none matches the grammar `form`, if any.
+
+    Raises InvalidRequest naming the field that is wrong.
+    """
     if tools in (None, []):
         if choice not in (None, "none", "auto"):
             raise InvalidRequest("tool_choice", choice, "give tools to choose from")
@@ -43,18 +46,22 @@ def tools_of(tools: Any, choice: Any, family: Family) -> Tools:
         case _ if family.tools is None:
             expected = "this model's chat template knows no tools; leave them out, or have model.tool_parser set"
             raise InvalidRequest("tools", list(schemas), expected)
-        case None | "auto":
+        case None | "auto" if form is None:
             return Tools(tools)
-        case "required":
+        case None | "auto" | "required":
             wanted = schemas
         case {"type": "function", "function": {"name": str(name)}} if name in schemas:
             wanted = {name: schemas[name]}
         case _:
             raise InvalidRequest("tool_choice", choice, "give none, auto, required, or a function of tools by name")
+    if form is not None and choice not in (None, "auto"):
+        raise InvalidRequest("tool_choice", choice, "give it or a form of the answer, not both")
     try:
         grammar = family.call_grammar(wanted)
     except RecursionError as error:
         raise InvalidRequest("tools", list(wanted), "their parameters are nested too deep") from error
+    if form is not None:
+        grammar += f" | {_nested(form)}"
     return Tools(tools, Constraint("grammar", grammar, "tools"))
 
 
@@ -63,6 +70,16 @@ def calls_of(field: str, calls: Any, family: Family) -> list[dict[str, Any]]:
     if not isinstance(calls, list):
         raise InvalidRequest(field, calls, "give a list of calls")
     return [_call(f"{field}[{index}]", call, family) for index, call in enumerate(calls)]
+
+
+def _nested(grammar: str) -> str:
+    """One of llguidance's grammars, which are JSON or Lark, within a rule of Lark."""
+    if grammar.startswith("{"):
+        (only,) = json.loads(grammar)["grammars"]
+        if only["lark_grammar"] is None:
+            return f"%json {json.dumps(only['json_schema'])}"
+        grammar = only["lark_grammar"]
+    return f"%lark {{\n{grammar}\n}}"
 
 
 def _call(field: str, call: Any, family: Family) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import threading
 from array import array
 from collections import OrderedDict
@@ -15,7 +16,8 @@ from typing import Any
 
 import tokenizers
 
-MOST_CHARACTERS = 8 << 20
+MOST_BYTES = 32 << 20
+ENTRY_BYTES = 200  # what an ordered dictionary takes for one, measured: 100 to 196
 # Pre-tokenizers that see nothing but the piece before them. Metaspace may treat a text's first one otherwise.
 PIECEWISE = {
     "BertPreTokenizer",
@@ -31,19 +33,19 @@ PIECEWISE = {
 
 
 class Pieces:
-    """Remembers the ids of pieces, those used last, of up to `most` characters together. Any thread may ask.
+    """Remembers the ids of pieces, those used last, in up to `most` bytes. Any thread may ask.
 
     Does without where tokens depend on more than their piece: where an added token takes the whitespace beside it or
     counts as a whole word only, or a pre-tokenizer is none of the known.
     """
 
-    def __init__(self, fast: tokenizers.Tokenizer, most: int = MOST_CHARACTERS) -> None:
+    def __init__(self, fast: tokenizers.Tokenizer, most: int = MOST_BYTES) -> None:
         self._fast, self._most = fast, most
         self._special = _cuts(fast)
         longest_first = sorted(self._special, key=len, reverse=True)
         self._cut = re.compile("|".join(map(re.escape, longest_first)).join("()")) if self._special else None
         self._kept: OrderedDict[str, array[int]] = OrderedDict()
-        self._characters = 0
+        self._bytes = 0
         self._lock = threading.Lock()
 
     def encode(self, text: str) -> list[int]:
@@ -67,15 +69,20 @@ class Pieces:
         with self._lock:
             if piece not in self._kept:
                 self._kept[piece] = found
-                self._characters += len(piece)
-            while self._characters > self._most:
-                self._characters -= len(self._kept.popitem(last=False)[0])
+                self._bytes += size_of(piece, found)
+            while self._bytes > self._most:
+                self._bytes -= size_of(*self._kept.popitem(last=False))
         return found
 
     def tokenise(self, text: str) -> list[int]:
         """The same, without a look at what is remembered, and remembering nothing."""
         (encoding,) = self._fast.encode_batch_fast([text], add_special_tokens=False)  # without offsets
         return encoding.ids
+
+
+def size_of(piece: str, token_ids: array[int]) -> int:
+    """Bytes that remembering the ids of `piece` takes."""
+    return ENTRY_BYTES + sys.getsizeof(piece) + sys.getsizeof(token_ids)
 
 
 def _cuts(fast: tokenizers.Tokenizer) -> dict[str, int]:

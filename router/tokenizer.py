@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,18 @@ class Tokenizer:
         self.check_ids("token_ids", token_ids)
         detokenizer = self.detokenizer()
         return "".join(map(detokenizer.push, token_ids)) + detokenizer.finish()
+
+    def offsets(self, prompt: str | Sequence[int]) -> list[int]:
+        """Where each token of a prompt begins in its text, or in what `decode` makes of its token ids."""
+        if isinstance(prompt, str):
+            begins, end = [], 0
+            for start, stop in self._fast.encode(prompt).offsets:
+                # Some leave out the blank that a token begins with; tokens that are no part of the text have 0 and 0.
+                begins.append(min(start, end) if stop else end)
+                end = max(end, stop)
+            return begins
+        lengths = map(len, map(self.detokenizer().push, prompt))
+        return list(accumulate(lengths, initial=0))[:-1]
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to a text; of a special token, which adds nothing, its name."""

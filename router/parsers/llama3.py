@@ -52,7 +52,7 @@ def _read(text: str) -> list[ToolCall] | None:
             value, end = decoder.raw_decode(rest)
         except (ValueError, RecursionError):
             return None
-        if (call := call_of(value, "parameters")) is None:
+        if (call := call_of(value, "parameters")) is None or "parameters" not in value:
             return None
         calls.append(call)
         rest = rest[end:].lstrip().removeprefix(";").lstrip()

@@ -142,8 +142,8 @@ def test_a_holder_over_its_limits_is_told_when_to_come_back(tmp_path: Path) -> N
                 with pytest.raises(SplitserveClientError, match="alice has no requests left"):
                     await call
             assert (await alice.models())[0].name == MODEL, "what costs nothing"
-        headers = {"authorization": f"Bearer {keys.key['alice']}"}
-        async with httpx.AsyncClient(base_url=f"http://{service.http_address}", headers=headers) as client:
+        key = {"authorization": f"Bearer {keys.key['alice']}"}
+        async with httpx.AsyncClient(base_url=f"http://{service.http_address}", headers=key) as client:
             for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
                 refused = await client.post(path, content=b"no JSON")
                 assert (refused.status_code, path) == (429, path), "before it is read"

@@ -9,6 +9,7 @@ from asyncio.subprocess import Process
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 from llguidance import LLMatcher
@@ -18,10 +19,10 @@ from splitserve.client.types import Sampling
 from splitserve.cluster.errors import InvalidRequest, Overloaded
 from splitserve.cluster.messages import Prefill
 from splitserve.models.grammar import GrammarCompiler
-from splitserve.router.constraint import MAX_CHARACTERS, REMEMBERED, Constraint, GrammarChecker
+from splitserve.router.constraint import MAX_CHARACTERS, MOST_WAITING, REMEMBERED, Constraint, GrammarChecker
 from splitserve.router.fake_cluster import FakeCluster
 from splitserve.router.openai_constraints import constraint_of
-from tests.router.routers import MODEL, model_folder, running_router, tokenizer
+from tests.router.routers import MODEL, eventually, model_folder, running_router, tokenizer
 
 Checked = Callable[[GrammarChecker], Awaitable[None]]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
@@ -266,3 +267,60 @@ def test_both_surfaces_ask_engines_for_the_grammar(monkeypatch: pytest.MonkeyPat
     assert len(grammars) == 6
     assert grammars[0] == grammars[4]
     assert grammars[1] == grammars[5]
+
+
+def slow_checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Makes a check take 30 s; returns those that were begun and, with a - before them, ended early."""
+    asked: list[str] = []
+
+    async def ask(self: GrammarChecker, constraint: Constraint) -> dict[str, str]:
+        asked.append(constraint.text)
+        try:
+            await asyncio.sleep(30)
+        finally:
+            asked.append(f"-{constraint.text}")
+        return {"grammar": constraint.text}
+
+    monkeypatch.setattr(GrammarChecker, "_ask", ask)
+    return asked
+
+
+def test_a_check_ends_with_its_requests_deadline_or_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = slow_checks(monkeypatch)
+
+    async def scenario() -> None:
+        with FakeCluster() as cluster:
+            async with running_router(cluster, default_deadline_s=0.3) as (service, client):
+                for timeout_s in (0.3, None):
+                    with pytest.raises(SplitserveClientError, match="DEADLINE_EXCEEDED"):
+                        await client.generate("a", regex="a", timeout_s=timeout_s).result()
+                base = f"http://{service.http_address}/v1/completions"
+                body = {"prompt": "a", "structured_outputs": {"regex": "b"}}
+                async with httpx2.AsyncClient() as http:
+                    late = await http.post(base, json=body)
+                    assert (late.status_code, late.json()["error"]["message"]) == (504, TOO_LATE)
+                    patient = {"x-request-timeout": "30"}
+                    with pytest.raises(httpx2.ReadTimeout):
+                        await http.post(base, json=body, headers=patient, timeout=0.3)
+                await eventually(lambda: asked.count("-b") == 2)
+
+    TOO_LATE = "0.3 s passed while the request was checked"
+    asyncio.run(scenario())
+    assert asked == ["a", "-a"] * 2 + ["b", "-b"] * 2
+
+
+def test_the_line_of_those_to_be_checked_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_checks(monkeypatch)
+
+    async def scenario(checker: GrammarChecker) -> None:
+        texts = [str(number) for number in range(MOST_WAITING)] + ["0"] * 40
+        waiting = [asyncio.ensure_future(checker.grammar(Constraint("regex", text, "f"))) for text in texts]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="32 constraints wait to be checked"):
+            await checker.grammar(Constraint("regex", "more", "f"))
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+        assert not checker._waiting
+
+    run(scenario)

@@ -181,6 +181,28 @@ def test_echo_gives_the_log_probabilities_of_the_prompt(max_tokens: int, stream:
         run(scenario, cluster)
 
 
+@pytest.mark.parametrize("text", ["<|im_start|>the<|im_end|> 🙂 fox", "the <|endoftext|><|im_end|>", "fox"])
+def test_offsets_lie_in_the_text_where_prompts_have_special_tokens(text: str) -> None:
+    """They are part of a text that is echoed as it came, and not of one that is made of token ids."""
+
+    async def scenario(client: AsyncOpenAI, service: RouterService) -> None:
+        ids = tokenizer().encode(text)
+        special = sum(not tokenizer().decode([token]) for token in ids)
+        for prompt in (text, ids):
+            answer = await client.completions.create(model=MODEL, prompt=prompt, max_tokens=4, echo=True, logprobs=1)
+            (choice,) = answer.choices
+            shown: Any = choice.logprobs
+            assert choice.text == (text if prompt is text else tokenizer().decode(ids)) + echo(ids, 4)
+            named = list(zip(shown.text_offset, shown.tokens, strict=True))[: len(ids)]
+            begun = [choice.text[offset:].startswith(name) for offset, name in named if "bytes:" not in name]
+            assert begun.count(False) == (0 if prompt is text else special)
+            assert shown.text_offset == sorted(shown.text_offset)
+            assert shown.text_offset[len(ids)] == len(choice.text) - len(echo(ids, 4)), "where the answer begins"
+
+    with FakeCluster() as cluster, nothing_left(cluster):
+        run(scenario, cluster)
+
+
 def test_every_sampling_parameter_arrives() -> None:
     async def scenario(client: AsyncOpenAI, service: RouterService) -> None:
         await client.completions.create(

@@ -18,7 +18,7 @@ from splitserve.router.fake_engine import Behaviour
 from splitserve.router.http_body import MAX_BODY_BYTES
 from splitserve.router.http_protocol import MAX_HEAD_BYTES, MAX_HEADERS, MAX_MESSAGE_BYTES
 from splitserve.router.service import RouterService
-from tests.router.routers import running_router
+from tests.router.routers import running_router, tokenizer
 
 HEALTH = b"GET /health HTTP/1.1\r\nhost: x\r\n"
 CHUNKED = b"POST /tokenize HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -181,6 +181,57 @@ def test_who_sends_all_before_reading_is_told_why_it_was_too_much(version: bytes
                 await asyncio.sleep(0.001)
             expected = (413, f"the body is larger than {MAX_BODY_BYTES} bytes")
             assert await last_answer(reader, writer) == expected, "and closed: it is read to its end"
+
+    run(scenario)
+
+
+OFFER = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize(
+    "offer", [OFFER, OFFER.replace(b"connection: ", b"connection: close, "), b"", b"upgrade: x\r\n"]
+)
+def test_an_offer_of_another_protocol_is_declined(offer: bytes, chunked: bool) -> None:
+    """As Java's HttpClient makes it with each first request."""
+
+    async def scenario(service: RouterService) -> None:
+        body = json.dumps({"prompt": "the fox"}).encode()
+        length = b"transfer-encoding: chunked" if chunked else b"content-length: %d" % len(body)
+        head = b"POST /tokenize HTTP/1.1\r\nhost: x\r\n" + offer + length + b"\r\n\r\n"
+        sent = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if chunked else body
+        for pieces in ([head + sent], [head, sent], [head[:70], head[70:], sent[:9], sent[9:]]):
+            reader, writer = await connect(service)
+            for _ in range(1 if b"close" in offer else 2):
+                for piece in pieces:
+                    writer.write(piece)
+                    await writer.drain()
+                    await asyncio.sleep(0.02)
+                status = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+                assert status.startswith(b"HTTP/1.1 200 ")
+                answer = json.loads(await reader.readuntil(b"}"))
+                assert answer["tokens"] == tokenizer().encode("the fox")
+            writer.write((head + sent) * 2 + HEALTH + b"connection: close\r\n\r\n")
+            rest = await asyncio.wait_for(reader.read(), 5)
+            assert rest.count(b"HTTP/1.1 200 ") == (0 if b"close" in offer else 3), "and so are those behind it"
+            writer.close()
+
+    run(scenario)
+
+
+def test_what_offers_another_protocol_is_bounded_as_well() -> None:
+    async def scenario(service: RouterService) -> None:
+        _, writer = await connect(service)
+        writer.write(b"POST /tokenize HTTP/1.1\r\nhost: x\r\n" + OFFER + b"transfer-encoding: chunked\r\n\r\n")
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 2 * MAX_MESSAGE_BYTES:
+                writer.write(b"10000\r\n" + b" " * 65536 + b"\r\n")
+                await writer.drain()
+                sent += 65536
+        assert sent < 2 * MAX_MESSAGE_BYTES
+        writer.close()
+        assert (await ask(service, b"CONNECT x:80 HTTP/1.1\r\nhost: x\r\n" + OFFER + b"\r\n"))[0] == 400
 
     run(scenario)
 

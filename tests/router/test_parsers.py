@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitserve.cluster.errors import InvalidRequest
+from splitserve.cluster.messages import Prefill
 from splitserve.cluster.topology_sections import Model
 from splitserve.models.grammar import GrammarCompiler
-from splitserve.router.constraint import GrammarChecker
+from splitserve.router.constraint import Constraint, GrammarChecker
 from splitserve.router.fake_cluster import FakeCluster
 from splitserve.router.openai_tools import calls_of, tools_of
 from splitserve.router.parsers import deepseek, hermes
@@ -62,6 +63,8 @@ def parsed(family: str, parts: list[str], *, reasons: bool = False, inside: bool
         ("llama3", PARAMETERS, "", CALLED),
         ("llama3", f"\n{PARAMETERS}; {PARAMETERS}", "", CALLED * 2),
         ("llama3", '{"a": 1}', '{"a": 1}', ()),
+        ("llama3", '{"name": "Bob", "age": 3}', '{"name": "Bob", "age": 3}', ()),
+        ("llama3", f"{PARAMETERS}; 5", f"{PARAMETERS}; 5", ()),
         ("llama3", "{" * 5000, "{" * 5000, ()),
         ("llama3", f"Sure: {PARAMETERS}", f"Sure: {PARAMETERS}", ()),
         ("llama3", "  ", "  ", ()),
@@ -188,14 +191,22 @@ REFERRING: dict[str, Any] = {
 }
 
 
+TEXTS = {
+    "hermes": f"<tool_call>\n{WEATHER}\n</tool_call>",
+    "llama3": PARAMETERS,
+    "deepseek": f"{deepseek.OPENING}{D_CALL}{deepseek.CLOSING}",
+}
+
+
+def is_taken(grammar: str, text: str) -> bool:
+    matcher = GrammarCompiler(model_folder(), tokenizer().vocab_size, ()).compile(grammar)
+    ids = tokenizer().encode(text)
+    return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
+
+
 @pytest.mark.parametrize("family", sorted(TOOLS))
 def test_what_a_choice_forces_is_what_the_parser_reads(family: str) -> None:
-    texts = {
-        "hermes": f"<tool_call>\n{WEATHER}\n</tool_call>",
-        "llama3": PARAMETERS,
-        "deepseek": f"{deepseek.OPENING}{D_CALL}{deepseek.CLOSING}",
-    }
-    assert parsed(family, [texts[family]]) == ("", "", CALLED)
+    assert parsed(family, [TEXTS[family]]) == ("", "", CALLED)
     by_name = {"type": "function", "function": {"name": "now"}}
     for tools, choice, allowed in (
         ([TOOL, OTHER], "required", True),
@@ -204,9 +215,55 @@ def test_what_a_choice_forces_is_what_the_parser_reads(family: str) -> None:
     ):
         constraint = tools_of(tools, choice, Family(family)).constraint
         assert constraint is not None
-        matcher = GrammarCompiler(model_folder(), tokenizer().vocab_size, ()).compile(asyncio.run(made(constraint)))
-        ids = tokenizer().encode(texts[family])
-        assert (matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()) == allowed
+        assert is_taken(asyncio.run(made(constraint)), TEXTS[family]) == allowed
+
+
+UNSUPPORTED = {"type": "function", "function": {"name": "x", "parameters": {"type": "array", "uniqueItems": True}}}
+PERSON = json.dumps(
+    {
+        "$defs": {"n": {"type": "integer"}},
+        "type": "object",
+        "properties": {"age": {"$ref": "#/$defs/n"}},
+        "required": ["age"],
+    }
+)
+
+
+@pytest.mark.parametrize("family", sorted(TOOLS))
+@pytest.mark.parametrize("schema", [PERSON, '{"type": "object"}'])
+def test_beside_a_form_of_the_answer_a_tool_may_be_called(family: str, schema: str) -> None:
+    form = asyncio.run(made(Constraint("json_schema", schema, "response_format")))
+    for tools, choice in (([TOOL, OTHER], "auto"), ([TOOL], None)):
+        constraint = tools_of(tools, choice, Family(family), form).constraint
+        assert constraint is not None
+        grammar = asyncio.run(made(constraint))
+        assert is_taken(grammar, TEXTS[family])
+        for text in ('{"age": 3}', '{\n  "age": 3, "name": "Bob"}'):
+            assert is_taken(grammar, text)
+            assert parsed(family, [text]) == ("", text, ())
+        for text in ("Hello", f'{{{" " * 40}"age": 3}}', f'{{"age": 3}}{TEXTS[family]}'):
+            assert not is_taken(grammar, text)
+        assert is_taken(grammar, '{"age": "x"}') == (schema != PERSON)
+    for tools, choice in (([TOOL], "none"), ([], None)):
+        assert tools_of(tools, choice, Family(family), form).constraint is None, "the form alone holds"
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "other"),
+    [
+        (Constraint("regex", 'a+/(b|é)?"{2}}', "f"), 'aa/b""}', "b"),
+        (Constraint.choice(["yes", '"q"\\}'], "f"), '"q"\\}', "no"),
+        (Constraint("grammar", 'start: "x{" foo\nfoo: /[0-9]/+', "f"), "x{12", "x"),
+        (Constraint("grammar", 'root ::= "x" [0-9]+', "f"), "x12", "x"),
+    ],
+)
+def test_any_form_of_the_answer_leaves_room_for_calls(form: Constraint, text: str, other: str) -> None:
+    constraint = tools_of([TOOL], "auto", Family("hermes"), asyncio.run(made(form))).constraint
+    assert constraint is not None
+    grammar = asyncio.run(made(constraint))
+    assert is_taken(grammar, text)
+    assert is_taken(grammar, TEXTS["hermes"])
+    assert not is_taken(grammar, other)
 
 
 def nested_tool(depth: int) -> dict[str, Any]:
@@ -311,6 +368,51 @@ def test_official_clients_get_calls_whole_and_streamed() -> None:
 
     with FakeCluster() as cluster:
         asyncio.run(scenario(cluster))
+
+
+def test_official_clients_may_give_tools_and_a_form_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars: list[Any] = []
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}}
+    ask: Any = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": f"<tool_call>{WEATHER}</tool_call>"}],
+        "tools": [TOOL],
+        "max_tokens": 118,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
+    }
+
+    async def scenario(cluster: FakeCluster) -> None:
+        async with running_router(cluster, model={"tool_parser": "hermes"}) as (service, _):
+            place = service.dispatcher.engines.place
+
+            def note(name: str, message: Any, tokens: int) -> None:
+                grammars.extend([message.params.grammar] if isinstance(message, Prefill) else [])
+                place(name, message, tokens)
+
+            monkeypatch.setattr(service.dispatcher.engines, "place", note)
+            base_url = f"http://{service.http_address}/v1"
+            async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
+                answer = await client.chat.completions.create(**ask)
+                assert answer.choices[0].message.tool_calls
+                answer = await client.chat.completions.create(**ask, tool_choice="none")
+                assert answer.choices[0].message.tool_calls is None
+                for name, wrong, field in (
+                    (
+                        "response_format",
+                        {"type": "json_schema", "json_schema": {"schema": "{"}},
+                        "response_format.json_",
+                    ),
+                    ("tools", [TOOL, UNSUPPORTED], "tools"),
+                    ("tool_choice", "required", "tool_choice"),
+                ):
+                    with pytest.raises(openai.BadRequestError, match=f"{field}.*: found") as caught:
+                        await client.chat.completions.create(**{**ask, name: wrong})
+                    assert str(caught.value.param).startswith(field)
+
+    with FakeCluster() as cluster:
+        asyncio.run(scenario(cluster))
+    assert [is_taken(grammar, TEXTS["hermes"]) for grammar in grammars] == [True, False]
+    assert all(is_taken(grammar, '{"age": 3}') for grammar in grammars)
 
 
 def test_without_parallel_calls_an_answer_has_one() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import threading
+import tracemalloc
 from collections.abc import Callable
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
 from splitserve.models.resolve import SMOLLM2, resolve_model
-from splitserve.router.pieces import Pieces
+from splitserve.router.pieces import ENTRY_BYTES, MOST_BYTES, Pieces, size_of
 from tests.router.tiny_tokenizers import byte_fallback, byte_level
 
 
@@ -81,15 +82,19 @@ FRAGMENTS = [
 ]
 
 
+def kept_bytes(pieces: Pieces) -> int:
+    return sum(size_of(piece, token_ids) for piece, token_ids in pieces._kept.items())
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
-@pytest.mark.parametrize("most", [0, 60, 1 << 20])
+@pytest.mark.parametrize("most", [0, 1000, 1 << 20])
 def test_tokens_are_those_of_the_whole_text(name: str, most: int) -> None:
     fast, dice = TOKENIZERS[name](), random.Random(f"{name}{most}")
     pieces = Pieces(fast, most)
     for _ in range(400):
         text = "".join(dice.choices(FRAGMENTS, k=dice.randint(0, 12)))
         assert pieces.encode(text) == fast.encode(text, add_special_tokens=False).ids, text
-        assert pieces._characters == sum(map(len, pieces._kept)) <= most
+        assert pieces._bytes == kept_bytes(pieces) <= most
 
 
 @pytest.mark.parametrize("name", ["metaspace first", "stripping", "whole words"])
@@ -115,15 +120,27 @@ def test_only_what_is_new_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_was_used_last_stays() -> None:
-    pieces = Pieces(byte_level(), most=10)
+    pieces = Pieces(byte_level(), most=2 * (ENTRY_BYTES + 200))
     for text in ("aaaa", "bbbb", "aaaa", "cccc"):
         pieces.encode(text)
     assert list(pieces._kept) == ["aaaa", "cccc"]
 
 
+@pytest.mark.parametrize("piece", ["a", "🙂", "a" * 500, "🙂" * 500])
+def test_memory_is_bounded_whatever_the_pieces(piece: str) -> None:
+    most = MOST_BYTES // 32
+    pieces = Pieces(byte_level(), most)
+    tracemalloc.start()
+    for number in range(3 * most // (ENTRY_BYTES + len(piece))):
+        pieces.encode(f"{number:x}{piece}")
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most / 2 < held < peak < 1.1 * most
+
+
 def test_threads_may_ask_at_once() -> None:
     fast = byte_level()
-    pieces, wrong = Pieces(fast, most=50), list[str]()
+    pieces, wrong = Pieces(fast, most=1000), list[str]()
 
     def ask(seed: int) -> None:
         dice = random.Random(seed)
@@ -138,4 +155,4 @@ def test_threads_may_ask_at_once() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert pieces._characters == sum(map(len, pieces._kept)) <= 50
+    assert pieces._bytes == kept_bytes(pieces) <= 1000

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import processors
 
 from splitserve.cluster.errors import InvalidRequest, ModelLoadError
 from splitserve.router.chat_template import ChatTemplate
 from splitserve.router.tokenizer import Tokenizer
-from tests.router.tiny_tokenizers import byte_level, write_folder
+from tests.router.tiny_tokenizers import byte_fallback, byte_level, write_folder
 
 CONVERSATION = [
     {"role": "user", "content": "Hello <|im_end|> & <b>你好</b>"},
@@ -37,6 +38,35 @@ def test_equals_transformers_for_texts_and_conversations(folder: Path, tokenizer
     for length in (1, 3):
         expected = oracle.apply_chat_template(CONVERSATION[:length], add_generation_prompt=True, return_dict=False)
         assert tokenizer.encode_chat(CONVERSATION[:length]) == expected
+
+
+@pytest.mark.parametrize("family", ["byte level", "trimmed", "byte fallback", "bos"])
+def test_offsets_say_where_tokens_begin(family: str, tmp_path: Path) -> None:
+    fast = byte_fallback() if family == "byte fallback" else byte_level()
+    if family == "trimmed":
+        fast.post_processor = processors.ByteLevel(trim_offsets=True)
+    if family == "bos":
+        fast.post_processor = processors.TemplateProcessing(
+            single="<|im_start|> $0 <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+        )
+    tokenizer = Tokenizer.load(write_folder(tmp_path, fast))
+    special = "</s>" if family == "byte fallback" else "<|im_end|>"
+    for text in ("the fox", f"{special}the  quick{special} 🙂 é{special}", " the "):
+        token_ids = tokenizer.encode(text)
+        begins = tokenizer.offsets(text)
+        assert begins == sorted(begins)
+        names = [tokenizer.token_bytes(token).decode("utf-8", "replace") for token in token_ids]
+        blank = " " if family == "byte fallback" else ""  # it puts one before each part
+        shown = [
+            text[begin:].startswith((name, name.removeprefix(blank)))
+            for begin, name in zip(begins, names, strict=True)
+            if "\ufffd" not in name
+        ]
+        assert shown.count(False) == (2 if family == "bos" else 0), "but for what is no part of the text"
+        of_ids = tokenizer.offsets(token_ids)
+        assert len(of_ids) == len(token_ids)
+        for count, begin in enumerate(of_ids):
+            assert begin == len(tokenizer.decode(token_ids[:count]).rstrip("\ufffd"))
 
 
 def test_prompts_are_never_cut_short(tmp_path: Path) -> None:
