@@ -38,8 +38,14 @@ class TopologyFile:
 
     def error(self, field: str, found: object, expected: str) -> TopologyError:
         """An error about a dotted `field`, at its line or at that of the nearest section in the file."""
-        line = _nearest_line(self.lines, tuple(field.split(".")))
-        return TopologyError(self.path, line, field, str(found), expected)
+        return TopologyError(self.path, self._line(field), field, str(found), expected)
+
+    def place(self, field: str) -> str:
+        """What such an error begins with."""
+        return f"{self.path}:{self._line(field)}: {field}"
+
+    def _line(self, field: str) -> int:
+        return _nearest_line(self.lines, tuple(field.split(".")))
 
 
 def load_topology(path: str | Path) -> Topology:

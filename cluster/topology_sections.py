@@ -106,11 +106,11 @@ class Slo(Section):
 class Router(Section):
     """The front: takes requests over gRPC and HTTP, places them and streams their tokens."""
 
+    replicas: int = Field(default=1, ge=1, le=64, description="number of routers")
     grpc: str = Field(default="127.0.0.1:50061", description="host:port of router 0; router i listens on port + i")
     http: str | None = Field(
         default=None, description="the same for OpenAI's HTTP API, such as 127.0.0.1:8000; none if unset"
     )
-    replicas: int = Field(default=1, ge=1, le=64, validate_default=True, description="number of routers")
     policy: Literal["kv_aware", "least_load", "round_robin"] = Field(
         default="kv_aware",
         description="how engines are picked: by what they have cached, how fast they are and what lies before them; "
@@ -131,24 +131,19 @@ class Router(Section):
 
     @field_validator("grpc", "http")
     @classmethod
-    def _host_and_port(cls, value: str | None) -> str | None:
+    def _host_and_ports(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None:
             return None
-        host, separator, port = value.rpartition(":")
-        if not separator or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
+        host, _, port = value.rpartition(":")
+        if not _is_port(port):
             raise ValueError("expected host:port with a port from 1 to 65535, such as 127.0.0.1:50061")
-        _refuse_wildcard(host.removeprefix("[").removesuffix("]"))
-        return value
-
-    @field_validator("replicas")
-    @classmethod
-    def _ports_left(cls, value: int, info: ValidationInfo) -> int:
-        ports = [int(address.rpartition(":")[2]) for field in ("grpc", "http") if (address := info.data.get(field))]
-        for port in ports:
-            if port + value - 1 > 65535:
-                raise ValueError(f"ports {port} to {port + value - 1} would pass 65535; lower the port or the replicas")
-        if len(ports) == 2 and abs(ports[0] - ports[1]) < value:
-            raise ValueError(f"{value} ports from {ports[0]} and from {ports[1]} on overlap; move grpc or http")
+        _require_one_host(host.removeprefix("[").removesuffix("]"))
+        first, replicas = int(port), info.data.get("replicas", 1)
+        if (last := first + replicas - 1) > 65535:
+            raise ValueError(f"ports {first} to {last} would pass 65535; lower the port or the replicas")
+        grpc = info.data.get("grpc")  # not there yet while grpc itself is checked
+        if grpc and abs(first - (other := int(grpc.rpartition(":")[2]))) < replicas:
+            raise ValueError(f"{replicas} ports from {other} and from {first} on overlap; move grpc or http")
         return value
 
     @property
@@ -240,7 +235,7 @@ class Security(Section):
     @field_validator("bind")
     @classmethod
     def _one_address(cls, value: str) -> str:
-        _refuse_wildcard(value)
+        _require_one_host(value)
         return value
 
     def with_absolute_paths(self) -> Security:
@@ -277,14 +272,39 @@ class Tracing(Section):
         default=1.0, ge=0, le=1, description="share of requests traced, of those whose caller brings no traceparent"
     )
 
+    @field_validator("endpoint")
+    @classmethod
+    def _host_and_port(cls, value: str) -> str:
+        if not is_address(value.partition("//")[2]):
+            raise ValueError("expected a host name of ASCII and a port from 1 to 65535, such as http://127.0.0.1:4317")
+        return value
+
 
 def _with_port_added(address: str, index: int) -> str:
     host, _, port = address.rpartition(":")
     return f"{host}:{int(port) + index}"
 
 
-def _refuse_wildcard(host: str) -> None:
+def is_address(text: str) -> bool:
+    """Whether `text` is host:port as resolvers take it."""
+    host, _, port = text.rpartition(":")
+    return _is_host(host.removeprefix("[").removesuffix("]")) and _is_port(port)
+
+
+def _is_host(text: str) -> bool:
+    """Not what Python's resolver raises UnicodeError or ValueError for."""
+    labels = text.removesuffix(".").split(".")
+    return text.isascii() and text.isprintable() and all(1 <= len(label) <= 63 for label in labels)
+
+
+def _is_port(text: str) -> bool:
+    return re.fullmatch("[0-9]{1,5}", text) is not None and 1 <= int(text) <= 65535
+
+
+def _require_one_host(host: str) -> None:
     """Nothing may listen on every interface, so one address has to be named."""
+    if host and not _is_host(host):
+        raise ValueError("expected an address, or a host name in ASCII with 1 to 63 characters between its dots")
     if host in ("", "*") or _is_unspecified(host):
         raise ValueError("expected one address or host name, not every interface")
 

@@ -11,13 +11,21 @@ import time
 from dataclasses import replace
 
 from rich.console import Console
+from rich.text import Text
 
 from splitserve.cluster.errors import StartupError
 from splitserve.cluster.topology import Topology
 from splitserve.cluster.topology_file import TopologyFile
 from splitserve.deploy.cluster_state import ClusterFolder, ClusterState
 from splitserve.deploy.plan import Plan, make_plan
-from splitserve.deploy.preflight import check_host, check_resources, check_runnable, check_security
+from splitserve.deploy.preflight import (
+    at_model_path,
+    check_host,
+    check_resources,
+    check_runnable,
+    check_security,
+    check_weights,
+)
 from splitserve.deploy.progress import StatusView
 from splitserve.deploy.ray_environment import prepare_ray
 from splitserve.models.resolve import load_model_config, resolve_model
@@ -25,10 +33,11 @@ from splitserve.models.resolve import load_model_config, resolve_model
 
 def prepare(file: TopologyFile) -> Plan:
     """Find the model, convert it if it has to be, and plan the cluster. Raises TopologyErrors or ModelLoadError."""
-    path = file.topology.model.path
-    with Console(stderr=True).status(f"preparing {path}; what needs converting is converted once"):
-        resolve_model(path)
-        return make_plan(file, load_model_config(path))
+    model = file.topology.model
+    told = Text(f"preparing {model.path}; what needs converting is converted once")
+    with Console(stderr=True).status(told), at_model_path(file):
+        resolve_model(model.path)
+        return make_plan(file, load_model_config(model.path))
 
 
 def with_absolute_paths(topology: Topology) -> Topology:
@@ -91,6 +100,7 @@ def _become(state: ClusterState, file: TopologyFile, view: StatusView, method: s
     plan = prepare(file)
     check_runnable(plan)
     if state.ray is not None:
+        check_weights(file)
         check_host(plan)
         check_security(topology.security)
     prepare_ray(folder.token)

@@ -29,6 +29,7 @@ from splitserve.deploy.preflight import (
     check_resources,
     check_runnable,
     check_security,
+    check_weights,
     count_gpus,
 )
 from splitserve.deploy.progress import StatusView
@@ -73,6 +74,7 @@ def launch(file: TopologyFile, address: str | None, view: StatusView, wait_s: fl
             return _launch_on(file, plan, address, None, view, wait_s)
         check_ports(file.topology.router)
         check_security(file.topology.security)
+        check_weights(file)
         check_host(plan)
         started = start_local_ray(folder, LOGICAL_CPUS, count_gpus() if plan.gpus else 0)
         try:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from splitserve.cluster.api_key_file import read_api_keys
 from splitserve.cluster.cluster_key import read_cluster_key
-from splitserve.cluster.errors import InsufficientResources, InvalidRequest, StartupError
+from splitserve.cluster.errors import InsufficientResources, InvalidRequest, ModelLoadError, StartupError
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.topology import Topology
-from splitserve.cluster.topology_sections import Router, Security
+from splitserve.cluster.topology_file import TopologyFile
+from splitserve.cluster.topology_sections import Router, Security, is_address
 from splitserve.cluster.units import format_bytes
 from splitserve.deploy.plan import Plan
 from splitserve.kernels.head_sizes import runs_on_gpu
 from splitserve.models.config import ModelConfig
+from splitserve.models.resolve import resolve_model
 from splitserve.router.certificates import Certificates
 
 COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
@@ -26,6 +29,24 @@ GPU_COUNT_S = 120.0
 CONNECT_S = 10.0
 PROCESS_BYTES = 256 * 2**20  # that torch takes of every process
 REMEDY = "add hosts, or ask for fewer ranks or threads"
+
+
+@contextlib.contextmanager
+def at_model_path(file: TopologyFile) -> Iterator[None]:
+    """Whatever is wrong with the model is told with the place that names it."""
+    try:
+        yield
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{file.place('model.path')}: {error}") from error
+
+
+def check_weights(file: TopologyFile) -> None:
+    """Raise ModelLoadError where this host has no weights of the model, unless it is to have random ones."""
+    model = file.topology.model
+    with at_model_path(file):
+        if model.load_format == "auto" and not any(resolve_model(model.path).glob("model.safetensors*")):
+            remedy = "give a folder with weights as safetensors, or load_format: dummy"
+            raise ModelLoadError(f"{model.path}: found no model.safetensors and no index of shards; {remedy}")
 
 
 def check_ports(router: Router) -> None:
@@ -60,9 +81,9 @@ def check_security(security: Security) -> None:
 
 def check_address(address: str) -> None:
     """Raise StartupError unless something listens at a Ray's host:port, which Ray itself would wait minutes for."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
+    if not is_address(address):
         raise InvalidRequest("address", address, "give host:port of a Ray head node")
+    host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
     except OSError as error:

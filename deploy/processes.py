@@ -7,20 +7,25 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process that cannot be mistaken for a later one with its number. `started`: clock ticks since boot."""
+    """A process that cannot be mistaken for a later one with its number. `started`: clock ticks since `boot`."""
 
     pid: int
     started: int
+    boot: str = field(default_factory=_boot_id)
 
     @classmethod
     def of(cls, pid: int) -> Process | None:
-        """The process with this number now, or None. A zombie is none."""
+        """The process with this number now, or None. A zombie is none once all its threads have let go of its files."""
         stat = _stat(pid)
         return None if stat is None else cls(pid, stat.started)
 
@@ -40,13 +45,14 @@ def _stat(pid: int) -> _Stat | None:
     except OSError:
         return None
     fields = text.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else _Stat(session=int(fields[3]), started=int(fields[19]))
+    state, threads = fields[0], int(fields[17])
+    return None if state in "ZX" and threads <= 1 else _Stat(session=int(fields[3]), started=int(fields[19]))
 
 
 def session_members(leader: Process) -> Iterator[int]:
     """Numbers of the living processes in the session that `leader` started, itself included."""
     now = Process.of(leader.pid)
-    if now is not None and now != leader:
+    if leader.boot != _boot_id() or now not in (None, leader):
         return  # the number was given out again, which happens only after the whole session is gone
     for entry in os.listdir("/proc"):
         if entry.isdecimal():

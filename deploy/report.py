@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.markup import escape
 from rich.table import Column, Table
 
 from splitserve.client import Completion, Sampling
@@ -52,7 +53,8 @@ def status_table(status: ClusterStatus) -> Table:
         table.add_column(column)
     for unit in status.units:
         pids = ", ".join(str(worker.pid) for worker in unit.workers)
-        table.add_row(unit.name, unit.role, _state(unit), pids, unit.endpoint, str(unit.deaths), unit.reason)
+        told = escape(unit.endpoint), str(unit.deaths), escape(unit.reason)
+        table.add_row(unit.name, unit.role, _state(unit), pids, *told)
     return table
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from splitserve.client import AsyncClient
 from splitserve.cluster.errors import InvalidRequest
 from splitserve.deploy.bench import engine_command, explain_command
+from splitserve.deploy.bench.output import check_output
 from splitserve.deploy.bench.plot import Run, check_plot, draw
 from splitserve.deploy.bench.slo import Slo, parse_slo
 from splitserve.deploy.bench.summary import summarize, summary_table
@@ -46,6 +47,7 @@ def bench(arguments: argparse.Namespace) -> int:
     rates = [None] if arguments.rate is None else [_rate(part) for part in arguments.rate.split(",")]
     workloads = [workload_of(arguments, rate, arguments.concurrency) for rate in rates]
     slo = None if arguments.slo is None else parse_slo(arguments.slo)
+    check_output("json", arguments.json)
     if arguments.plot is not None:
         check_plot(arguments.plot)
     address, trust = endpoint(arguments), credentials(arguments)

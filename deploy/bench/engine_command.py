@@ -7,15 +7,17 @@ import re
 from pathlib import Path
 
 from splitserve.cluster.errors import InvalidRequest
-from splitserve.cluster.topology_file import load_topology
+from splitserve.cluster.topology_file import load_topology_file
+from splitserve.deploy.bench.output import check_output
+from splitserve.deploy.preflight import at_model_path, check_weights
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("engine", help="measure the topology's decode engine alone, in this process")
     parser.add_argument("topology", type=Path, help="YAML file; model, decode and prefill.chunk_tokens count")
     parser.add_argument("--batch", default="1,8,16", help="numbers of sequences to decode (default: %(default)s)")
-    parser.add_argument("--context", type=int, default=1024, help="tokens before the first step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=64, help="decode steps measured (default: %(default)s)")
+    parser.add_argument("--context", default="1024", help="tokens before the first step (default: %(default)s)")
+    parser.add_argument("--steps", default="64", help="decode steps measured (default: %(default)s)")
     parser.add_argument(
         "--prompts", default="1024x1", help="prompts to compute, as tokens x number (default: %(default)s)"
     )
@@ -27,13 +29,18 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def bench_engine(arguments: argparse.Namespace) -> int:
     from splitserve.deploy.bench.engine_report import EngineLoad, report  # imports torch, which parsing need not
 
+    check_output("profile", arguments.profile)
+    check_output("json", arguments.json)
     load = EngineLoad(
         prompts=[_shape(part) for part in arguments.prompts.split(",")],
         batches=[_positive("batch", part) for part in arguments.batch.split(",")],
-        context=arguments.context,
-        steps=arguments.steps,
+        context=_positive("context", arguments.context),
+        steps=_positive("steps", arguments.steps),
     )
-    report(load_topology(arguments.topology), load, arguments.profile, arguments.json)
+    file = load_topology_file(arguments.topology)
+    check_weights(file)
+    with at_model_path(file):
+        report(file.topology, load, arguments.profile, arguments.json)
     return 0
 
 

@@ -16,6 +16,7 @@ from splitserve.cluster.topology import Topology
 from splitserve.cluster.topology_file import TopologyFile, load_topology_file
 from splitserve.deploy.bench.comparison import Name, Side, explain, table
 from splitserve.deploy.bench.counterpart import colocated, named
+from splitserve.deploy.bench.output import check_output
 from splitserve.deploy.bench.plot import Run, check_plot, draw
 from splitserve.deploy.bench.slo import Slo, parse_slo
 from splitserve.deploy.bench.summary import summarize
@@ -51,6 +52,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def run(arguments: argparse.Namespace) -> int:
     file, workload = load_topology_file(arguments.file), workload_of(arguments, arguments.rate)
     slo = _slo(file.topology) if arguments.slo is None else parse_slo(arguments.slo)
+    check_output("json", arguments.json)
     if arguments.plot is not None:
         check_plot(arguments.plot)
     clusters: dict[Name, Topology] = {"split": file.topology, "colocated": colocated(file.topology)}

@@ -11,6 +11,8 @@ from splitserve.cluster.errors import InvalidRequest
 
 Draw = Callable[[random.Random], int]
 LENGTHS = "expected N, fixed:N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA"
+MAX_TOKENS, MAX_SIGMA = 1_000_000, 10
+LIMITS = f"1 to {MAX_TOKENS} tokens, LOW at most HIGH, and a SIGMA from 0 to {MAX_SIGMA}"
 
 
 @dataclass(frozen=True)
@@ -32,29 +34,35 @@ class LoadShape:
     def __post_init__(self) -> None:
         if not 0 <= self.prefix_share <= 1:
             raise InvalidRequest("prefix-share", self.prefix_share, "give a value from 0 to 1")
+        self.draws()
+
+    def draws(self) -> tuple[Draw, Draw]:
+        """Lengths of prompts and of answers."""
+        return parse_lengths("prompt-tokens", self.prompt_tokens), parse_lengths("output-tokens", self.output_tokens)
 
 
-def parse_lengths(text: str) -> Draw:
-    """A distribution of lengths in tokens, at least 1. Raises InvalidRequest for anything but LENGTHS."""
+def parse_lengths(option: str, text: str) -> Draw:
+    """A distribution of lengths from 1 to MAX_TOKENS. Raises InvalidRequest for anything but LENGTHS."""
     kind, _, rest = text.partition(":")
     if not rest:
         kind, rest = "fixed", text
     try:
         match kind, [float(part) for part in rest.split(":")]:
-            case "fixed", [count] if count >= 1:
+            case "fixed", [count] if 1 <= count <= MAX_TOKENS:
                 return lambda random: int(count)
-            case "uniform", [low, high] if 1 <= low <= high:
+            case "uniform", [low, high] if 1 <= low <= high <= MAX_TOKENS:
                 return lambda random: random.randint(int(low), int(high))
-            case "lognormal", [median, sigma] if median >= 1 and sigma >= 0:
-                return lambda random: max(1, round(random.lognormvariate(math.log(median), sigma)))
+            case "lognormal", [median, sigma] if 1 <= median <= MAX_TOKENS and 0 <= sigma <= MAX_SIGMA:
+                mu = math.log(median)
+                return lambda random: min(MAX_TOKENS, max(1, round(random.lognormvariate(mu, sigma))))
     except ValueError:
         pass
-    raise InvalidRequest("lengths", text, LENGTHS)
+    raise InvalidRequest(option, text, f"{LENGTHS}, with {LIMITS}")
 
 
 def make_requests(shape: LoadShape, vocab_size: int, count: int, seed: int) -> list[LoadRequest]:
     """`count` requests of random tokens. Equal arguments make equal requests."""
-    draw_prompt, draw_output = parse_lengths(shape.prompt_tokens), parse_lengths(shape.output_tokens)
+    draw_prompt, draw_output = shape.draws()
     random_lengths, random_tokens = random.Random(f"lengths {seed}"), random.Random(f"tokens {seed}")
     lengths = [(draw_prompt(random_lengths), draw_output(random_lengths)) for _ in range(count)]
     longest = max((prompt for prompt, _ in lengths), default=0)

@@ -9,6 +9,7 @@ from typing import Any
 
 from splitserve.cluster.errors import InvalidRequest
 from splitserve.deploy.bench.measure import Outcome
+from splitserve.deploy.bench.output import check_output
 from splitserve.deploy.bench.summary import Summary
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -35,8 +36,7 @@ def check_plot(path: Path) -> None:
     """Raise InvalidRequest, before anything is measured, where `draw` could not."""
     if path.suffix not in FORMATS:
         raise InvalidRequest("plot", str(path), f"give a file name that ends in {', '.join(FORMATS)}")
-    if not path.parent.is_dir():
-        raise InvalidRequest("plot", str(path), "name a folder that exists")
+    check_output("plot", path)
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

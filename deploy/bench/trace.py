@@ -62,14 +62,15 @@ def read_trace(path: str, context: int, count: int | None) -> Trace:
 
     Raises InvalidRequest with the line of what cannot be read.
     """
-    found = sorted(_read(Path(path), count), key=lambda request: request.timestamp)
+    found = sorted(read_requests(Path(path), count), key=lambda request: request.timestamp)
     fitting = tuple(request for request in found if request.input_length + request.output_length <= context)
     if not fitting:
         raise InvalidRequest("trace", path, f"it has no request that fits into the model's {context:,} tokens")
     return Trace(fitting, len(found) - len(fitting))
 
 
-def _read(path: Path, count: int | None) -> list[Recorded]:
+def read_requests(path: Path, count: int | None) -> list[Recorded]:
+    """The first `count` requests of a trace, or all. Raises InvalidRequest with the line of what cannot be read."""
     requests: list[Recorded] = []
     try:
         with path.open("rb") as lines:
@@ -78,6 +79,8 @@ def _read(path: Path, count: int | None) -> list[Recorded]:
                     requests.append(_parse(path, number, line))
     except OSError as error:
         raise InvalidRequest("trace", str(path), f"{error.strerror}: name a readable file") from error
+    if not requests:
+        raise InvalidRequest("trace", str(path), "it has no requests: name a file with one a line")
     return requests
 
 
@@ -86,11 +89,12 @@ def _parse(path: Path, number: int, line: bytes) -> Recorded:
         request = Recorded.model_validate_json(line)
     except ValidationError as error:
         (first, *_) = error.errors(include_url=False)
-        field = ".".join(str(part) for part in first["loc"]) or "the line"
-        raise InvalidRequest("trace", f"{path}:{number}", f"{field}: {first['msg']}") from error
+        field = ".".join(str(part) for part in first["loc"])
+        told = f"{field}: {first['msg']}" if field else first["msg"]
+        raise InvalidRequest("trace", str(path), f"line {number}: {told}") from error
     if request.hash_ids is not None and len(request.hash_ids) * BLOCK_TOKENS < request.input_length:
         remedy = f"hash_ids: a prompt of {request.input_length} tokens needs one for every {BLOCK_TOKENS} tokens"
-        raise InvalidRequest("trace", f"{path}:{number}", remedy)
+        raise InvalidRequest("trace", str(path), f"line {number}: {remedy}")
     return request
 
 

@@ -6,13 +6,14 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from itertools import islice
+from pathlib import Path
 
 from splitserve.client import Model
 from splitserve.cluster.errors import InvalidRequest
 from splitserve.deploy.bench.load import LENGTHS, LoadRequest, LoadShape, make_requests, poisson_arrivals
-from splitserve.deploy.bench.trace import read_trace
+from splitserve.deploy.bench.trace import read_requests, read_trace
 
-REQUESTS = 64
+REQUESTS, MAX_REQUESTS, MAX_SEED = 64, 1_000_000, 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,15 @@ class Workload:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("requests", 1), ("concurrency", 1), ("warmup", 0)):
+        for name, least, most in (
+            ("requests", 1, MAX_REQUESTS),
+            ("concurrency", 1, MAX_REQUESTS),
+            ("warmup", 0, MAX_REQUESTS),
+            ("seed", 0, MAX_SEED),
+        ):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise InvalidRequest(name, value, f"give {least} or more")
+            if value is not None and not least <= value <= most:
+                raise InvalidRequest(name, value, f"give a number from {least} to {most}")
         for name, unit in (("rate", "requests a second"), ("speed", "times the recorded speed")):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -91,7 +97,7 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
 
 def workload_of(arguments: argparse.Namespace, rate: float | None, concurrency: int = 1) -> Workload:
     """The workload that a command was given. Raises InvalidRequest naming the argument that is odd."""
-    return Workload(
+    workload = Workload(
         shape=LoadShape(arguments.prompt_tokens, arguments.output_tokens, arguments.prefix_share),
         requests=arguments.requests,
         warmup=arguments.warmup,
@@ -101,3 +107,6 @@ def workload_of(arguments: argparse.Namespace, rate: float | None, concurrency: 
         speed=arguments.speed,
         seed=arguments.seed,
     )
+    if workload.trace is not None:
+        read_requests(Path(workload.trace), workload.requests)  # its faults are told now, not once a model is known
+    return workload

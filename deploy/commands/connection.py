@@ -11,6 +11,7 @@ from typing import TypedDict
 from splitserve.client import Sampling
 from splitserve.cluster.errors import InvalidRequest, NotFound
 from splitserve.cluster.sampling import SamplingParams
+from splitserve.cluster.topology_sections import is_address
 from splitserve.deploy.cluster_state import find_cluster
 
 DEFAULTS = SamplingParams()
@@ -45,8 +46,10 @@ def endpoint(arguments: argparse.Namespace) -> str:
 
 def endpoints(arguments: argparse.Namespace) -> tuple[str, ...]:
     """host:port of each router. Raises NotFound where none is known."""
-    if arguments.endpoint:
-        return (str(arguments.endpoint),)
+    if arguments.endpoint is not None:
+        if not is_address(arguments.endpoint):
+            raise InvalidRequest("endpoint", arguments.endpoint, "give host:port of a router, such as 127.0.0.1:50061")
+        return (arguments.endpoint,)
     state = find_cluster(arguments.cluster)
     if not state.endpoints:
         raise NotFound(f"cluster {state.name} is not ready yet; `splitserve status` shows how far it is")

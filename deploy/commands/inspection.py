@@ -9,6 +9,7 @@ from splitserve.cluster.topology_file import load_topology_file, topology_json_s
 from splitserve.cluster.units import format_bytes
 from splitserve.deploy.check import render_plan
 from splitserve.deploy.plan import make_plan
+from splitserve.deploy.preflight import at_model_path
 from splitserve.models.cache import clear, entries
 from splitserve.models.resolve import load_model_config
 
@@ -28,7 +29,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def check(arguments: argparse.Namespace) -> int:
     file = load_topology_file(arguments.file)
-    print(render_plan(make_plan(file, load_model_config(file.topology.model.path))))
+    with at_model_path(file):
+        config = load_model_config(file.topology.model.path)
+    print(render_plan(make_plan(file, config)))
     return 0
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 from rich.console import Console
 
-from splitserve.cluster.errors import NotFound, WorkerUnavailable
+from splitserve.cluster.errors import InvalidRequest, NotFound, StartupError, WorkerUnavailable
 from splitserve.cluster.log import log_path, merge, render, tail
 from splitserve.cluster.topology_file import TopologyFile, load_topology_file
 from splitserve.deploy.change import is_as, roll
@@ -24,6 +24,8 @@ from splitserve.deploy.progress import make_view
 from splitserve.deploy.ray_environment import prepare_ray
 from splitserve.deploy.report import status_table
 from splitserve.models.resolve import load_model_config
+
+MAX_LINES = 1_000_000
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -64,6 +66,11 @@ def up(arguments: argparse.Namespace) -> int:
     name, began = file.topology.name, time.monotonic()
     cluster = launch(file, arguments.address, make_view(), arguments.wait)
     if not cluster.is_new:
+        if arguments.foreground:
+            remedy = f"leave out --foreground, or `splitserve down {name}` first"
+            raise StartupError(
+                f"cluster {name} is already running, and not in the foreground of this command; {remedy}"
+            )
         if is_as(cluster.state, file.topology):
             print(f"cluster {name} is already running")
         else:
@@ -112,6 +119,8 @@ def status(arguments: argparse.Namespace) -> int:
 
 
 def logs(arguments: argparse.Namespace) -> int:
+    if not 1 <= arguments.lines <= MAX_LINES:
+        raise InvalidRequest("lines", arguments.lines, f"give a number from 1 to {MAX_LINES}")
     name = arguments.cluster or find_cluster(None).name
     folder = ClusterFolder(name)
     state = folder.live()

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 
 from splitserve.client import Client, SplitserveClientError
-from splitserve.cluster.errors import InvalidRequest
+from splitserve.deploy.bench.output import check_output
 from splitserve.deploy.commands.connection import add_connection, credentials, endpoints
 from splitserve.deploy.top import Watch, frame
 
@@ -52,14 +52,12 @@ def top(arguments: argparse.Namespace) -> int:
 
 
 def trace(arguments: argparse.Namespace) -> int:
+    check_output("output", arguments.output)
     content = _find_trace(arguments)
     if arguments.output is None:
         print(content)
         return 0
-    try:
-        arguments.output.write_text(content)
-    except OSError as error:
-        raise InvalidRequest("output", str(arguments.output), f"{error.strerror}: name a file to write") from error
+    arguments.output.write_text(content)
     print(f"{arguments.output}: open it in ui.perfetto.dev")
     return 0
 

@@ -65,15 +65,26 @@ def test_models_are_frozen() -> None:
         ({"router": {"grpc": "127.0.0.1:70000"}}, "router.grpc", "65535"),
         ({"router": {"grpc": "[::]:50061"}}, "router.grpc", "not every interface"),
         ({"router": {"grpc": ":50061"}}, "router.grpc", "not every interface"),
-        ({"router": {"grpc": "127.0.0.1:65535", "replicas": 2}}, "router.replicas", "65536"),
+        ({"router": {"grpc": "127.0.0.1:65535", "replicas": 2}}, "router.grpc", "65536"),
+        *(
+            (sections, where, "1 to 63 characters between its dots")
+            for host in ("a..b", "a" * 64, "x." + "a" * 64, "\u00fc", "a\0b", ".")
+            for sections, where in (
+                ({"router": {"grpc": f"{host}:50061"}}, "router.grpc"),
+                ({"router": {"http": f"[{host}]:8000"}}, "router.http"),
+                ({"security": {"bind": host}}, "security.bind"),
+            )
+        ),
+        ({"tracing": {"endpoint": "http://a..b:4317"}}, "tracing.endpoint", "a host name of ASCII and a port"),
+        ({"tracing": {"endpoint": "http://a:99999"}}, "tracing.endpoint", "a port from 1 to 65535"),
         ({"router": {"http": "127.0.0.1"}}, "router.http", "host:port"),
         ({"router": {"http": "0.0.0.0:8000"}}, "router.http", "not every interface"),
         ({"router": {"http": "0:8000"}}, "router.http", "not every interface"),
         ({"router": {"grpc": "0x0.0:8000"}}, "router.grpc", "not every interface"),
         ({"router": {"grpc": "[::ffff:0.0.0.0]:50061"}}, "router.grpc", "not every interface"),
-        ({"router": {"http": "127.0.0.1:65535", "replicas": 2}}, "router.replicas", "65536"),
-        ({"router": {"http": "127.0.0.1:50061"}}, "router.replicas", "overlap; move grpc or http"),
-        ({"router": {"http": "127.0.0.1:50060", "replicas": 2}}, "router.replicas", "overlap; move grpc or http"),
+        ({"router": {"http": "127.0.0.1:65535", "replicas": 2}}, "router.http", "65536"),
+        ({"router": {"http": "127.0.0.1:50061"}}, "router.http", "overlap; move grpc or http"),
+        ({"router": {"http": "127.0.0.1:50060", "replicas": 2}}, "router.http", "overlap; move grpc or http"),
         ({"router": {"slo": {"ttft_s": float("inf")}}}, "router.slo.ttft_s", "finite"),
         (
             {"security": {"curve": "off", "cluster_key": "k"}},

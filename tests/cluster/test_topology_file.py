@@ -103,7 +103,7 @@ decode:
     assert told["model.dtype"][:2] == (2, "'float64'")
     assert told["model.dtype"][2].startswith("it should be 'float32' or 'bfloat16' (")
     assert told["router.replicas"][:2] == (4, "0")
-    assert told["router.quite_other"][2].startswith("expected one of grpc, http, replicas, ")
+    assert told["router.quite_other"][2].startswith("expected one of replicas, grpc, http, ")
     assert told["prefill.layout"][2] == "expected a mapping of fields: how a replica's ranks share the model"
     assert told["prefill.kv_memory"][0] == 9
     assert "at most max_sequences, 64" in told["decode.slots"][2]

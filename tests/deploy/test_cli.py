@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from splitserve.deploy import preflight
 from splitserve.deploy.cli import main
 from splitserve.deploy.cluster_state import ClusterFolder, ClusterState
 from splitserve.deploy.commands import ask, lifecycle
+from splitserve.deploy.launch import RunningCluster
 from tests.deploy.clusters import write_topology
 from tests.ports import free_port
 from tests.tiny_model import write_tiny_moe
@@ -57,10 +59,22 @@ def test_a_missing_file_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "No such file" in error
 
 
-def test_a_missing_model_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    status, error = fail(capsys, "up", write_topology(tmp_path, tmp_path / "no-model"))
-    assert status == 1
-    assert "no-model: found nothing there" in error
+def test_a_missing_model_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path) -> None:
+    model = tmp_path / "[/] no-model"
+    topology = write_topology(tmp_path, model)
+    topology.write_text(topology.read_text().replace(str(model), f'"{model}"'))
+    at = f"{topology}:3: model.path: {model}: found"
+    commands = ("check",), ("up",), ("demo",), ("bench", "engine")
+    for command in commands:
+        status, error = fail(capsys, *command, topology)
+        assert status == 1
+        assert error.startswith(f"{at} nothing there; give a Hugging Face folder"), command
+    model.mkdir(parents=True)
+    for command in commands:
+        assert fail(capsys, *command, topology)[1].startswith(f"{at} a folder without config.json; give"), command
+    shutil.copy(tiny_model / "config.json", model)
+    for command in commands[1:]:  # a plan needs no weights
+        assert fail(capsys, *command, topology)[1].startswith(f"{at} no model.safetensors and no index of"), command
 
 
 def test_a_port_in_use_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path) -> None:
@@ -141,9 +155,17 @@ def test_an_endpoint_where_nothing_listens(capsys: pytest.CaptureFixture[str]) -
     ("arguments", "message"),
     [
         (["generate", "--text", ""], "text: found ''; give a prompt"),
-        (["bench", "--requests", "0"], "requests: found 0; give 1 or more"),
+        (["bench", "--requests", "0"], "requests: found 0; give a number from 1 to 1000000"),
         (["bench", "--rate", "0"], "rate: found 0.0; give more than 0"),
         (["bench", "--prefix-share", "2"], "prefix-share: found 2.0; give a value from 0 to 1"),
+        (["bench", "--prompt-tokens", "uniform:5:1"], "prompt-tokens: found 'uniform:5:1'; expected N, fixed:N,"),
+        (["bench", "--output-tokens", "1e30"], "output-tokens: found '1e30'; expected N, fixed:N,"),
+        (["bench", "--seed", "-1"], "seed: found -1; give a number from 0"),
+        (["bench", "--trace", "/none"], "trace: found '/none'; No such file or directory"),
+        (["bench", "--json", "/none/f"], "json: found '/none/f'; name a file that can be written, in a folder that"),
+        (["bench", "--json", "/"], "json: found '/'; name a file that can be written, in a folder that exists"),
+        (["bench", "--plot", "/none/f.png"], "plot: found '/none/f.png'; name a file that can be written"),
+        (["trace", "-o", "/none/f"], "output: found '/none/f'; name a file that can be written"),
         (["health", "--private-key", "/none"], "private-key: found '/none'; No such file"),
         (
             ["health", "--certificate", __file__],
@@ -156,6 +178,32 @@ def test_faulty_arguments_are_the_users(capsys: pytest.CaptureFixture[str], argu
     status, error = fail(capsys, *arguments, "--endpoint", "127.0.0.1:1")
     assert status == 2
     assert error.startswith(message)
+
+
+@pytest.mark.parametrize("endpoint", ["", "router", "a..b:1", f"{'a' * 64}:1", "\u00fc:1", "[bold]:0", "a:65536"])
+def test_an_odd_endpoint_is_the_users(capsys: pytest.CaptureFixture[str], endpoint: str) -> None:
+    for command in (("health",), ("top", "--once"), ("bench",)):
+        status, error = fail(capsys, *command, "--endpoint", endpoint)
+        assert status == 2
+        assert error == f"endpoint: found {endpoint!r}; give host:port of a router, such as 127.0.0.1:50061\n"
+
+
+@pytest.mark.parametrize("lines", [-1, 0, 10**30])
+def test_an_odd_number_of_log_lines_is_told(capsys: pytest.CaptureFixture[str], lines: int) -> None:
+    status, error = fail(capsys, "logs", "-n", lines)
+    assert status == 2
+    assert error == f"lines: found {lines}; give a number from 1 to 1000000\n"
+
+
+def test_a_cluster_that_runs_does_not_come_to_the_foreground(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topology = write_topology(tmp_path, tiny_model)
+    state = ClusterState("t", "127.0.0.1:1", str(topology), ("127.0.0.1:2",), None)
+    monkeypatch.setattr(lifecycle, "launch", lambda *_: RunningCluster(state, None, is_new=False))
+    status, error = fail(capsys, "up", "--foreground", topology)
+    assert status == 1
+    assert "is already running, and not in the foreground of this command; leave out --foreground, or" in error
 
 
 def test_a_cluster_whose_ray_is_gone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,7 +232,9 @@ def test_a_model_alone_gets_a_topology_that_is_shown(
     assert stop_there.call_args.args[0].topology.prefill is not None
 
 
-@pytest.mark.parametrize("address", ["auto", "10.0.0.1", "host:port"])
+@pytest.mark.parametrize(
+    "address", ["auto", "10.0.0.1", "host:port", "a..b:1", f"{'a' * 64}:1", "\u00fc:1", "host:65536"]
+)
 def test_an_odd_address_is_the_users(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path, address: str
 ) -> None:

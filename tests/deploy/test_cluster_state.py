@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import stat
 import threading
@@ -49,6 +50,16 @@ def test_states_survive_the_file(tmp_path: Path) -> None:
         assert folder.live() == state
         assert stat.S_IMODE((folder.path / "cluster.json").stat().st_mode) == 0o600
         assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
+
+
+def test_a_state_from_before_boot_ids_is_read(tmp_path: Path) -> None:
+    assert ME is not None
+    folder = write(state := local("b", ME, tmp_path))
+    file = folder.path / "cluster.json"
+    raw = json.loads(file.read_text())
+    assert raw["ray"]["owner"].pop("boot") == ME.boot
+    file.write_text(json.dumps(raw))
+    assert folder.live() == state
 
 
 def test_what_a_dead_owner_left_is_swept(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from splitserve.client import Client
 from tests.deploy.clusters import away_s, state_of, succeed
 from tests.deploy.load import Load
 from tests.ports import free_port
@@ -74,6 +76,10 @@ def test_tensor_parallel_over_nccl(tiny_model: Path, tmp_path: Path) -> None:
         try:
             ask = ("generate", "--cluster", name, "--max-tokens", 24, "--text")
             answers.append([succeed(*ask, text) for text in ("The quick brown fox", "A", "import os\n" * 60)])
+            with Client(state_of(name).endpoints) as client:
+                found = client.generate("A", n=4, temperature=1.0, regex="(ab|cd){20}", max_tokens=80).result()
+            assert all(re.fullmatch("(ab|cd){20}", sample.text) for sample in found.samples)
+            answers[-1] += [sample.text for sample in found.samples]
         finally:
             succeed("down", name)
     assert answers[0] == answers[1]

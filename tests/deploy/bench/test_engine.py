@@ -34,9 +34,13 @@ def test_figures_and_a_trace(topology: Path, tmp_path: Path, capsys: pytest.Capt
     [
         (["--batch", "0"], "batch: found '0'; give whole numbers from 1 on"),
         (["--batch", "two"], "batch: found 'two'; give whole numbers from 1 on"),
+        (["--steps", "0"], "steps: found '0'; give whole numbers from 1 on"),
+        (["--context", "-1"], "context: found '-1'; give whole numbers from 1 on"),
         (["--prompts", "64"], "prompts: found '64'; give tokens x number, such as 2048x16"),
         (["--batch", "500", "--context", "4"], "batch: found 500; it does not fit"),
         (["--context", "100000"], "give fewer than the context"),
+        (["--json", "/absent/f.json"], "json: found '/absent/f.json'; name a file that can be written"),
+        (["--profile", "/"], "profile: found '/'; name a file that can be written"),
     ],
 )
 def test_what_cannot_be_measured_is_told(

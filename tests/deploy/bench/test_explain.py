@@ -38,6 +38,7 @@ def test_both_are_measured_and_explained(tmp_path: Path, tiny_model: Path) -> No
     [
         ({"decode": "layout: {tp: 2}"}, LOAD, "prefill.layout: found 1; 3 ranks of both pools make no whole engines"),
         ({}, (*LOAD, "--plot", "plot.txt"), "plot: found 'plot.txt'; give a file name that ends in"),
+        ({}, (*LOAD, "--json", "/absent/f"), "json: found '/absent/f'; name a file that can be written, in a folder"),
         ({}, LOAD[2:], "one of the arguments --rate --trace is required"),
     ],
 )

@@ -11,7 +11,7 @@ from splitserve.deploy.bench.load import LoadShape, make_requests, parse_lengths
 
 
 def draws(text: str, count: int = 4000) -> list[int]:
-    draw, source = parse_lengths(text), random.Random(0)
+    draw, source = parse_lengths("prompt-tokens", text), random.Random(0)
     return [draw(source) for _ in range(count)]
 
 
@@ -27,11 +27,21 @@ def test_lengths_follow_their_distribution() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0", "-3", "many", "fixed:0", "fixed:1:2", "uniform:5:3", "uniform:1", "normal:1:2", "lognormal:10:-1"]
+    "text",
+    [
+        *("", "0", "-3", "many", "inf", "nan", "1e30", "fixed:0", "fixed:1:2", "fixed:inf", "normal:1:2"),
+        *("uniform:5:3", "uniform:1", "uniform:a:b", "uniform:1:inf", "uniform:1:1000001", "uniform:nan:nan"),
+        *("lognormal:10:-1", "lognormal:10:11", "lognormal:inf:1", "lognormal:10:1e308", "lognormal:10:nan"),
+    ],
 )
 def test_odd_lengths_are_refused(text: str) -> None:
-    with pytest.raises(InvalidRequest, match="lengths: found"):
-        parse_lengths(text)
+    for option, lengths in (("prompt-tokens", (text, "1")), ("output-tokens", ("1", text))):
+        with pytest.raises(InvalidRequest, match=f"{option}: found .*; expected N, fixed:N, uniform:LOW:HIGH"):
+            LoadShape(*lengths)
+
+
+def test_the_longest_of_a_wide_distribution_have_a_bound() -> None:
+    assert max(draws("lognormal:1000:10")) == 1_000_000
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -26,7 +26,7 @@ def test_a_picture_names_its_runs_and_what_it_shows(tmp_path: Path, slo: Slo | N
     assert ("<!-- within TTFT 200 ms -->" in picture) == (slo is not None)
 
 
-@pytest.mark.parametrize(("name", "told"), [("a.txt", "ends in .png"), ("absent/a.png", "a folder that exists")])
+@pytest.mark.parametrize(("name", "told"), [("a.txt", "ends in .png"), ("absent/a.png", "in a folder that exists")])
 def test_a_picture_that_cannot_be_written_is_told_before_the_load(tmp_path: Path, name: str, told: str) -> None:
     with pytest.raises(InvalidRequest, match=told):
         check_plot(tmp_path / name)

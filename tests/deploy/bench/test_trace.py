@@ -63,16 +63,16 @@ def test_a_workload_sends_the_trace(file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("{", "trace.jsonl:1'; the line: Invalid JSON"),
-        ("[1]", "trace.jsonl:1'; the line: Input should be an object"),
-        ('\n{"timestamp": 1, "input_length": 5}', "trace.jsonl:2'; output_length: Field required"),
-        (json.dumps(line(-1, 5)), "trace.jsonl:1'; timestamp: Input should be greater than or equal to 0"),
-        (json.dumps(line(1, 0)), "trace.jsonl:1'; input_length: Input should be greater than or equal to 1"),
+        ("{", "line 1: Invalid JSON"),
+        ("[1]", "line 1: Input should be an object"),
+        ('\n{"timestamp": 1, "input_length": 5}', "line 2: output_length: Field required"),
+        (json.dumps(line(-1, 5)), "line 1: timestamp: Input should be greater than or equal to 0"),
+        (json.dumps(line(1, 0)), "line 1: input_length: Input should be greater than or equal to 1"),
         (json.dumps(line(1, 5, answer=10**9)), "output_length: Input should be less than or equal to"),
         ('{"timestamp": NaN, "input_length": 5, "output_length": 5}', "timestamp: Input should be a finite number"),
         (json.dumps(line(1, 5, blocks=[-1])), "hash_ids.0: Input should be greater than or equal to 0"),
         (json.dumps(line(1, 513, blocks=[1])), "hash_ids: a prompt of 513 tokens needs one for every 512 tokens"),
-        ("", "it has no request that fits into the model's 2,048 tokens"),
+        ("", "it has no requests: name a file with one a line"),
         (json.dumps(line(1, 2045)), "it has no request that fits into the model's 2,048 tokens"),
     ],
 )
@@ -88,7 +88,18 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
         read_trace(str(tmp_path / "absent"), 2048, None)
 
 
-@pytest.mark.parametrize(("field", "value"), [("requests", 0), ("warmup", -1), ("rate", 0.0), ("speed", float("nan"))])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("requests", 0),
+        ("requests", 10**12),
+        ("warmup", -1),
+        ("concurrency", 10**12),
+        ("seed", -1),
+        ("rate", 0.0),
+        ("speed", float("nan")),
+    ],
+)
 def test_odd_workloads_are_refused(field: str, value: float) -> None:
     with pytest.raises(InvalidRequest, match=f"{field}: found {value}; give"):
         Workload(LoadShape("16", "4"), **{field: value})  # type: ignore[arg-type]
