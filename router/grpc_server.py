@@ -97,8 +97,9 @@ class SplitServe:
         self, token_ids: list[int], request: pb.GenerateRequest | pb.ChatRequest, context: Context
     ) -> None:
         params, answered = _sampling_params(request.sampling), [_answered(sample) for sample in request.answered]
-        async with checked_within(self._deadline_s(context)):
-            params = await self._validator.constrain(params, _constraint(request.sampling))
+        if constraint := _constraint(request.sampling):
+            async with checked_within(self._deadline_s(context)):
+                params = await self._validator.constrain(params, constraint)
         self._validator.check_params(token_ids, params)
         self._validator.check_answered(answered, token_ids, params)
 

@@ -105,8 +105,11 @@ class HttpApi:
     async def _answer(self, request: Request, check: Check, answer_type: type[Answer]) -> Response:
         body, deadline_s, began = await read_json(request), self._deadline_s(request), time.monotonic()
         checking = check(body, self._validator)
-        async with checked_within(deadline_s):
-            call = await (unless_client_leaves(request.receive, checking) if CONSTRAINTS & body.keys() else checking)
+        if CONSTRAINTS & body.keys():
+            async with checked_within(deadline_s):
+                call = await unless_client_leaves(request.receive, checking)
+        else:
+            call = await checking
         answer = answer_type(call, self._validator)
         serve = partial(self._serve, call, request, deadline_s - (time.monotonic() - began))
         if call.stream:

@@ -128,7 +128,7 @@ class Validator:
 
 @asynccontextmanager
 async def checked_within(deadline_s: float) -> AsyncIterator[None]:
-    """Bounds the checks of a request, of which a constraint's waits for its turn. Raises DeadlineExceeded."""
+    """Bounds the checks of a request whose constraint waits for its turn. Raises DeadlineExceeded."""
     try:
         async with asyncio.timeout(deadline_s):
             yield
