@@ -25,7 +25,7 @@ from splitserve.deploy.ray_environment import prepare_ray
 from splitserve.deploy.report import status_table
 from splitserve.models.resolve import load_model_config
 
-MAX_LINES = 1_000_000
+MAX_LINES, MAX_WAIT_S = 1_000_000, 86_400
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -62,6 +62,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def up(arguments: argparse.Namespace) -> int:
+    if not 0 <= arguments.wait <= MAX_WAIT_S:
+        raise InvalidRequest("wait", arguments.wait, f"give seconds, 0 to {MAX_WAIT_S}")
     file = load_topology_file(arguments.file) if arguments.file else _made_for_this_host(arguments.model)
     name, began = file.topology.name, time.monotonic()
     cluster = launch(file, arguments.address, make_view(), arguments.wait)

@@ -195,6 +195,12 @@ def test_an_odd_number_of_log_lines_is_told(capsys: pytest.CaptureFixture[str], 
     assert error == f"lines: found {lines}; give a number from 1 to 1000000\n"
 
 
+@pytest.mark.parametrize("wait", ["nan", "-1", "inf"])
+def test_an_odd_wait_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path, wait: str) -> None:
+    status, error = fail(capsys, "up", f"--wait={wait}", write_topology(tmp_path, tiny_model))
+    assert (status, error) == (2, f"wait: found {float(wait)}; give seconds, 0 to 86400\n")
+
+
 def test_a_cluster_that_runs_does_not_come_to_the_foreground(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
