@@ -7,6 +7,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -28,8 +30,8 @@ class Load:
 
     def __init__(self, endpoints: Sequence[str]) -> None:
         self._endpoints = endpoints
-        with Client(endpoints) as client:
-            self._expected = [self._answer(client, case) for case in range(len(CASES))]
+        with Client(endpoints) as client, ThreadPoolExecutor(len(CASES)) as pool:
+            self._expected = list(pool.map(partial(self._answer, client), range(len(CASES))))
         self._over = threading.Event()
         self._threads = [threading.Thread(target=self._ask, args=(seed,), daemon=True) for seed in range(STREAMS)]
         self.faults: list[str] = []
