@@ -15,10 +15,10 @@ from typing import Any
 
 from splitserve.cluster.errors import SplitserveError
 from splitserve.models.grammar import GrammarCompiler, allowed_tokens
+from splitserve.router.parsers.pieces import WHITESPACE
 
 CHECK_S = 2.0
 MEMORY_BYTES = 2 * 2**30
-WHITESPACE = r"[ \n\r\t]{0,32}"  # within JSON: bounded, because models that may write blanks for ever sometimes do
 
 
 def to_grammar(kind: str, text: str) -> str:

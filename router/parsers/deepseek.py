@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from splitserve.router.parsers.pieces import Sections, ToolCall
+from splitserve.router.parsers.pieces import Sections, ToolCall, json_of
 
 OPENING, CLOSING = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, SEPARATOR, END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
@@ -20,7 +20,7 @@ def parser() -> Sections:
 def grammar(tools: dict[str, Any]) -> str:
     """Lark's grammar of one call of `tools`, JSON schemas of arguments by name."""
     heads = {name: json.dumps(name + "\n```json\n", ensure_ascii=False) for name in tools}
-    calls = " | ".join(f"{heads[name]} %json {json.dumps(schema)}" for name, schema in tools.items())
+    calls = " | ".join(f"{heads[name]} {json_of(schema)}" for name, schema in tools.items())
     return f'start: "{OPENING}{CALL}function{SEPARATOR}" ({calls}) "\\n```{END}{CLOSING}"'
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from splitserve.router.parsers.pieces import Sections, ToolCall, call_of, call_schema
+from splitserve.router.parsers.pieces import Sections, ToolCall, call_of, call_schema, json_of
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
 ARGUMENTS_AS_TEXT = False
@@ -17,7 +17,7 @@ def parser() -> Sections:
 
 def grammar(tools: dict[str, Any]) -> str:
     """Lark's grammar of one call of `tools`, JSON schemas of arguments by name."""
-    return f'start: "{OPENING}\\n" %json {json.dumps(call_schema(tools, "arguments"))} "\\n{CLOSING}"'
+    return f'start: "{OPENING}\\n" {json_of(call_schema(tools, "arguments"))} "\\n{CLOSING}"'
 
 
 def _read(body: str) -> list[ToolCall] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from splitserve.router.parsers.pieces import Piece, ToolCall, call_of, call_schema
+from splitserve.router.parsers.pieces import Piece, ToolCall, call_of, call_schema, json_of
 
 ARGUMENTS_AS_TEXT = False
 
@@ -42,7 +42,7 @@ def parser() -> Llama3Parser:
 
 def grammar(tools: dict[str, Any]) -> str:
     """Lark's grammar of one call of `tools`, JSON schemas of arguments by name."""
-    return f"start: %json {json.dumps(call_schema(tools, 'parameters'))}"
+    return f"start: {json_of(call_schema(tools, 'parameters'))}"
 
 
 def _read(text: str) -> list[ToolCall] | None:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+WHITESPACE = r"[ \n\r\t]{0,32}"  # within JSON: bounded, because models that may write blanks for ever sometimes do
+
 
 @dataclass(frozen=True)
 class ToolCall:
@@ -86,6 +88,11 @@ def call_of(value: Any, arguments: str) -> ToolCall | None:
         case {"name": str(name)} if name and isinstance(value.get(arguments, {}), dict):
             return ToolCall(name, json.dumps(value.get(arguments, {}), ensure_ascii=False))
     return None
+
+
+def json_of(schema: dict[str, Any]) -> str:
+    """Lark's rule for JSON that matches `schema`."""
+    return f"%json {json.dumps(schema | {'x-guidance': {'whitespace_pattern': WHITESPACE}})}"
 
 
 def call_schema(tools: dict[str, Any], arguments: str) -> dict[str, Any]:

@@ -215,7 +215,10 @@ def test_what_a_choice_forces_is_what_the_parser_reads(family: str) -> None:
     ):
         constraint = tools_of(tools, choice, Family(family)).constraint
         assert constraint is not None
-        assert is_taken(asyncio.run(made(constraint)), TEXTS[family]) == allowed
+        grammar = asyncio.run(made(constraint))
+        assert is_taken(grammar, TEXTS[family]) == allowed
+        for blanks, bounded in ((30, allowed), (40, False)):
+            assert is_taken(grammar, TEXTS[family].replace('"town":', f'"town":{" " * blanks}')) == bounded
 
 
 UNSUPPORTED = {"type": "function", "function": {"name": "x", "parameters": {"type": "array", "uniqueItems": True}}}
