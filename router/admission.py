@@ -28,9 +28,9 @@ class Admission:
         self.active = 0
 
     @asynccontextmanager
-    async def admit(self, claimant: Claimant, *, goes_on: bool = False) -> AsyncIterator[None]:
+    async def admit(self, claimant: Claimant, queues: float = 1.0) -> AsyncIterator[None]:
         """Hold one of the places, after waiting for it if need be. Raises what `wait` does."""
-        with self.wait(goes_on=goes_on) if self._slots.locked else nullcontext():
+        with self.wait(queues) if self._slots.locked else nullcontext():
             await self._slots.acquire(self._slots.claim(claimant))
         self.active += 1
         started = time.monotonic()
@@ -42,9 +42,9 @@ class Admission:
             self._service_s += SMOOTHING * (time.monotonic() - started - self._service_s)
 
     @contextmanager
-    def wait(self, *, goes_on: bool = False) -> Iterator[None]:
-        """Count as one more that waits. Raises Overloaded when the queue is full, but for what `goes_on`."""
-        if self.queued >= self.max_queue and not goes_on:
+    def wait(self, queues: float = 1.0) -> Iterator[None]:
+        """Count as one more that waits. Raises Overloaded when so many times `max_queue` wait already."""
+        if self.queued >= self.max_queue * queues:
             raise Overloaded(f"the queue is full: {self.queued} requests wait", self.retry_after_s())
         self.queued += 1
         try:

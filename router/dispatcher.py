@@ -120,7 +120,7 @@ class Dispatcher:
 
     async def _answer(self, request: Request, deadline_s: float, write: Write, tenant: Tenant) -> Summary:
         try:
-            admission = self.admission.admit(request.claimant, goes_on=request.goes_on)
+            admission = self.admission.admit(request.claimant, request.queues)
             async with asyncio.timeout(deadline_s), admission:
                 first, *others = by_attempt(request.samples) or [[]]
                 if first:
@@ -187,7 +187,7 @@ class Dispatcher:
             if await self._ask(request, samples, why, in_line=False) is None:
                 return
             why = "busy"
-        with self.admission.wait(goes_on=request.goes_on):
+        with self.admission.wait(request.queues):
             claim = self._line.claim(request.claimant)  # who is refused has got nothing of its share
             while True:
                 async with self._line.hold(claim):

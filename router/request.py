@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from splitserve.router.timeline import Timeline, Timings
 from splitserve.router.traces import RequestTrace
 
 LOST_RETRY_S = 0.05
+GOING_ON_QUEUES = 2.0
 MOST_LOSSES = 10  # of one sample: a request that brings its workers down must not bring down all of them
 # What another attempt may mend: engines that cannot reach each other, or that have no room any more.
 NOBODY = Claimant()
@@ -112,8 +114,18 @@ class Request:
 
     @property
     def goes_on(self) -> bool:
-        """Whether others have answered part of it: then it is not refused for want of room."""
+        """Whether others have answered part of it."""
         return any(self._known) or self.losses > 0
+
+    @property
+    def queues(self) -> float:
+        """How many times the queue's bound may wait before it.
+
+        What was lost here is never refused. Of going on from another router any client may speak: it has a bound.
+        """
+        if self.losses:
+            return math.inf
+        return GOING_ON_QUEUES if self.goes_on else 1.0
 
     @property
     def attempts(self) -> list[Attempt]:

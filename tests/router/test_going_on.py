@@ -188,6 +188,13 @@ def test_what_the_client_has_does_not_come_again(finish_reason: pb.FinishReason.
         asyncio.run(scenario(cluster))
 
 
+async def end_of(call: grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]) -> str:
+    try:
+        return "OK" if [response async for response in call][-1].HasField("summary") else "cut short"
+    except grpc.aio.AioRpcError as error:
+        return error.code().name
+
+
 def test_what_goes_on_is_not_refused_by_a_full_queue_and_has_no_first_token_here() -> None:
     async def scenario(cluster: FakeCluster) -> None:
         async with (
@@ -211,9 +218,17 @@ def test_what_goes_on_is_not_refused_by_a_full_queue_and_has_no_first_token_here
             assert timings.ttft_s == 0.0
             assert 0.005 < timings.tpot_s < 0.1
             await asyncio.gather(*running)
+            running = [asyncio.ensure_future(client.generate([5, 6], max_tokens=40).result())]
+            await eventually(lambda: cluster.engines["decode/0/0"].decoding)
+            several = [SplitServeStub(channel).Generate(request) for _ in range(4)]
+            ended = await asyncio.gather(*(end_of(call) for call in several))
+            assert sorted(ended) == ["OK"] * 2 + ["RESOURCE_EXHAUSTED"] * 2, (
+                "any client may say that it goes on: that has a bound, too"
+            )
+            await asyncio.gather(*running)
             assert service.dispatcher.recent.latencies().ttft.p50_s > 0.0
             count = "splitserve_time_to_first_token_seconds_count"
-            assert service.dispatcher.metrics.registry.get_sample_value(count) == 2
+            assert service.dispatcher.metrics.registry.get_sample_value(count) == 3
 
     with FakeCluster(behaviour=Behaviour(step_s=0.01)) as cluster, nothing_left(cluster):
         asyncio.run(scenario(cluster))
