@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from splitserve.engine.kv_cache import KvCache
@@ -69,6 +70,7 @@ class HostMover:
 
     def __init__(self, cache: KvCache) -> None:
         self.cache = cache
+        self._packed = np.empty(0, dtype=np.uint8)
 
     def mark(self) -> None:
         """Copies follow what the engine has launched by themselves."""
@@ -81,8 +83,16 @@ class HostMover:
         return to_device(pages, self.cache.layers[0].device)
 
     def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor) -> Moved:
-        pack(self.cache, cache_rows(self.cache, table, region.heads, region.tokens), region.layers, payload)
-        return Moved(weighted_sum(payload))
+        # In shared memory a sender that was given up for dead may still write: its words, summed there, would pass for
+        # this one's.
+        if payload.numel() > self._packed.size:
+            self._packed = np.empty(payload.numel(), dtype=np.uint8)
+        words = self._packed[: payload.numel()]
+        packed = torch.from_numpy(words)
+        pack(self.cache, cache_rows(self.cache, table, region.heads, region.tokens), region.layers, packed)
+        total = weighted_sum(packed)
+        payload.numpy()[:] = words  # not by torch, which refuses where a model was running when the payload was made
+        return Moved(total)
 
     def unpack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: Mark) -> Moved:
         total = weighted_sum(payload)  # first: it leaves the payload in the processor's cache

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from splitserve.cluster.errors import TransferFailed
 from splitserve.cluster.layout import KvLayout
 from splitserve.kernels.kv_pack import KvRegion
+from splitserve.kv_transfer.checksum import weighted_sum
 from splitserve.kv_transfer.mover import HostMover
 from splitserve.kv_transfer.packing import bytes_per_layer_token
 from splitserve.kv_transfer.reshard import Piece, reshard
@@ -140,6 +141,22 @@ def test_bfloat16_travels_bit_for_bit() -> None:
     for source_page, target_page in ((3, 0), (1, 2)):
         left, right = source.layers[0][:, source_page], target.layers[0][:, target_page]
         assert torch.equal(left.view(torch.int16), right.view(torch.int16))
+
+
+def test_the_sum_is_of_what_the_pages_hold_whoever_else_writes_the_payload(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sender that was given up for dead may wake up and write into shared memory that another one has by now."""
+    with torch.inference_mode():  # as where a segment is attached while a model runs
+        payload = torch.empty(4 * layout().bytes_per_token, dtype=torch.uint8)
+    mover, region = HostMover(poisoned_cache(layout(), 4)), KvRegion((0, layout().num_layers), (0, 4), (0, 4))
+    undisturbed = mover.pack(mover.table([3, 1], 4), region, payload)
+    assert undisturbed.total() == weighted_sum(payload)
+
+    def late_write(packed: torch.Tensor) -> int:
+        payload.numpy().fill(0x55)
+        return weighted_sum(packed)
+
+    monkeypatch.setattr("splitserve.kv_transfer.mover.weighted_sum", late_write)
+    assert mover.pack(mover.table([3, 1], 4), region, payload) == undisturbed
 
 
 def test_heads_that_fill_no_whole_words_are_refused() -> None:
