@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from splitserve.deploy.worker import Worker
 from splitserve.models.resolve import resolve_model
 from splitserve.router.service import RouterService
 from tests.ports import free_port
+
+log = logging.getLogger(__name__)
 
 
 def topology(
@@ -59,6 +62,7 @@ def running(described: Topology) -> Iterator[Client]:
             try:
                 worker.run(stop)
             except BaseException as error:
+                log.exception("a worker ends")
                 failures.append(error)
 
         worker = Worker(spec)
