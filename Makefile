@@ -16,13 +16,16 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_imports.py
 
-# What only computes runs on all cores; what starts clusters or watches the clock has the machine for itself.
+# What only computes runs on all cores, then what mostly waits, two at a time; what starts clusters or watches the clock
+# has the machine for itself.
 COMPUTING := $(addprefix tests/,decode_worker engine fuzz kernels models prefill_worker tiny_moe) \
 	tests/test_engine_pair.py tests/test_sameness.py tests/test_tensor_parallel.py
+WAITING := $(addprefix tests/,client cluster router)
 
 test: setup
 	$(BIN)/pytest -m "not gpu" -n auto --dist worksteal $(COMPUTING)
-	$(BIN)/pytest -m "not gpu" $(addprefix --ignore=,$(COMPUTING))
+	$(BIN)/pytest -m "not gpu" -n 2 $(WAITING)
+	$(BIN)/pytest -m "not gpu" $(addprefix --ignore=,$(COMPUTING) $(WAITING))
 
 fuzz: setup # the fuzzers of tests/fuzz with new seeds, for half an hour
 	HYPOTHESIS_PROFILE=long $(BIN)/pytest --timeout 0 tests/fuzz

@@ -16,9 +16,9 @@ from splitserve.client import Client, Sampling, SplitserveClientError
 
 STREAMS = 4
 TIMEOUT_S = 90.0
-PAUSE_S = 0.3  # of a client between two requests: workers that start must get some of the two cores
+PAUSE_S = 1.0  # of a client between two requests: workers that start, and commands, must get most of the two cores
 PROMPTS = [random.Random(seed).choices(range(5, 200), k=20 + 9 * seed) for seed in range(4)]
-KINDS: list[Sampling] = [{"max_tokens": 60}, {"max_tokens": 300}, {"max_tokens": 120, "temperature": 0.9, "seed": 3}]
+KINDS: list[Sampling] = [{"max_tokens": 30}, {"max_tokens": 150}, {"max_tokens": 60, "temperature": 0.9, "seed": 3}]
 CASES = [(prompt, Sampling(**kind, ignore_eos=True)) for prompt in PROMPTS for kind in KINDS]
 
 
