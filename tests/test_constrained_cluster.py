@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-import torch
 
 from splitserve.client import Client
 from tests.worker_threads import running, topology
@@ -36,11 +35,10 @@ def cluster(model: Path, device: str, tp: int = 1) -> AbstractContextManager[Cli
     return running(topology(model, decode_tp=tp, device=device, dtype="float32" if device == "cpu" else "bfloat16"))
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("device", ["cpu", GPU])
+# Not two GPUs by two threads: before torch captures a graph it empties the caches of all devices of its process, which
+# fails while another thread captures. tests/deploy/test_gpu_cluster.py has ranks in processes, as clusters do.
+@pytest.mark.parametrize(("device", "tp"), [("cpu", 1), ("cpu", 2), pytest.param("cuda", 1, marks=pytest.mark.gpu)])
 def test_what_a_client_gets_is_what_it_asked_for(tiny_model: Path, device: str, tp: int) -> None:
-    if device == "cuda" and tp > torch.cuda.device_count():
-        pytest.skip("one GPU only")
     with cluster(tiny_model, device, tp) as client:
         answers = [ask(client, seed) for seed in range(3)]
         for text, reason in [sample for answer in answers for sample in answer]:
