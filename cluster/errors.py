@@ -21,6 +21,8 @@ SplitserveError
 
 from __future__ import annotations
 
+FIELD_CHARACTERS = 200
+
 
 class SplitserveError(Exception):
     """Base of all errors raised on purpose. `code` is the gRPC status name that a client sees."""
@@ -61,11 +63,15 @@ class InsufficientResources(StartupError):
 
 
 class InvalidRequest(SplitserveError):
-    """A request's fault: `field` is wrong because of `found`; `expected` says what would be right."""
+    """A request's fault: `field` is wrong because of `found`; `expected` says what would be right.
+
+    Both are the client's words where it made up a field, so neither makes the message long.
+    """
 
     code = "INVALID_ARGUMENT"
 
     def __init__(self, field: str, found: object, expected: str) -> None:
+        field = field if len(field) <= FIELD_CHARACTERS else f"{field[: FIELD_CHARACTERS - 3]}..."
         self.field, self.found, self.expected = field, found, expected
         super().__init__(f"{field}: found {_shorten(found)}; {expected}")
 

@@ -63,6 +63,8 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"stream_options": {"include_usage": True}}, "stream_options: found 'no stream'"),
     ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage: found True; no such field here"),
     ({"temprature": 1}, "temprature: found 1; no such field here; leave it out"),
+    ({"x" * 5000: 1}, f"{'x' * 197}...: found 1; no such field here"),
+    ({"stream": True, "stream_options": {"y" * 5000: 1}}, f"stream_options.{'y' * 182}...: found 1; no such field"),
     ({"model": 5}, "model: found 5"),
     ({"cache_salt": 5}, "cache_salt: found 5; it should be a valid string"),
     ({"cache_salt": "x" * 257}, "cache_salt: found '257 characters'; give at most 256"),
