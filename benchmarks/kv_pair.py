@@ -31,7 +31,7 @@ KvWay = Literal["cuda_ipc", "shm", "nccl", "tcp"]
 
 
 class KvPair:
-    """Transfers of up to `tokens` tokens of a `layout` from `source` to `target`, devices."""
+    """Transfers of up to `tokens` tokens at once, of a `layout`, from `source` to `target`, devices."""
 
     def __init__(
         self,
@@ -58,39 +58,43 @@ class KvPair:
         while self._linked is not None and not any(link.state == "up" for link in self._linked.links):
             self.seconds(1)
 
-    def seconds(self, tokens: int) -> float:
-        """From when the KV of a prompt lies in the source's pages until it is verified in the target's."""
-        self._epoch += 1
+    def seconds(self, tokens: int, prompts: int = 1) -> float:
+        """From when the KV of `prompts` lies in the source's pages until it is verified in the target's."""
         window = window_size(self._layout, tokens, 1, self._window_bytes)
-        incoming = Incoming(
-            transfer_id=f"prompt-{self._epoch}/0",
-            epoch=self._epoch,
-            source=self._layout,
-            start_token=0,
-            stop_token=tokens,
-            pages=pages(self._layout, tokens),
-            window_offset=0,
-            window_bytes=window,
-            lease_s=LEASE_S,
-        )
-        self._receiver.open(incoming)
-        endpoint = replace(self._endpoint, window_bytes=window)
-        ticket = Ticket(incoming.transfer_id, self._epoch, self._layout, 0, tokens, LEASE_S, (endpoint,))
+        tickets = []
+        for prompt in range(prompts):
+            self._epoch += 1
+            incoming = Incoming(
+                transfer_id=f"prompt-{self._epoch}/0",
+                epoch=self._epoch,
+                source=self._layout,
+                start_token=0,
+                stop_token=tokens,
+                pages=pages(self._layout, tokens, prompt),
+                window_offset=prompt * window,
+                window_bytes=window,
+                lease_s=LEASE_S,
+            )
+            self._receiver.open(incoming)
+            endpoint = replace(self._endpoint, window_offset=incoming.window_offset, window_bytes=window)
+            ends = (endpoint,)
+            tickets.append(Ticket(incoming.transfer_id, self._epoch, self._layout, 0, tokens, LEASE_S, ends))
         assert self._child.stdin is not None
         assert self._child.stdout is not None
-        self._child.stdin.write(pack(ticket).hex() + "\n")
+        self._child.stdin.write(" ".join(pack(ticket).hex() for ticket in tickets) + "\n")
         self._child.stdin.flush()
-        verified = 0.0
-        while True:
+        verified, freed = 0.0, 0
+        while freed < prompts:
             for event in self._receiver.poll():
                 match event:
                     case Verified():
                         verified = time.perf_counter()
-                        self._receiver.commit(ticket.transfer_id)
+                        self._receiver.commit(event.transfer_id)
                     case ReceiveFailed():
                         raise RuntimeError(event.reason)
                     case Freed():
-                        return verified - float(self._child.stdout.readline())
+                        freed += 1
+        return verified - float(self._child.stdout.readline())
 
     def close(self) -> None:
         self._receiver.close()
@@ -116,26 +120,30 @@ def kv_pair(
 
 
 def send_all(device: torch.device, tokens: int) -> None:
-    """The child: send the KV of every ticket on standard input, and say when it lay in its pages."""
+    """The child: send the KV of all tickets of a line of standard input, and say when it lay in its pages."""
     sender: KvSender | None = None
     for line in sys.stdin:
-        ticket: Ticket = unpack(bytes.fromhex(line))
+        tickets: list[Ticket] = [unpack(bytes.fromhex(word)) for word in line.split()]
+        layout = tickets[0].layout
         if sender is None:
             transport = new_host_sender(TcpSender(time.monotonic), device, LINK_MEMORY)
-            mover = new_mover(KvCache(ticket.layout, pages(ticket.layout, tokens)[-1] + 1, device))
+            mover = new_mover(KvCache(layout, pages(layout, tokens)[-1] + 1, device))
             sender = KvSender(mover, 0, transport, time.monotonic)
-        sender.begin(ticket, pages(ticket.layout, ticket.num_tokens))
+        for prompt, ticket in enumerate(tickets):
+            sender.begin(ticket, pages(layout, ticket.num_tokens, prompt))
         began = time.perf_counter()  # the same clock in all processes of a host
-        sender.ready([(ticket.transfer_id, ticket.num_tokens)], range(ticket.layout.num_layers))
-        sender.finish(ticket.transfer_id, HandOff((0,)))
+        sender.ready([(ticket.transfer_id, ticket.num_tokens) for ticket in tickets], range(layout.num_layers))
+        for ticket in tickets:
+            sender.finish(ticket.transfer_id, HandOff((0,)))
         while sender.active:
             sender.pump()
         print(began, flush=True)
 
 
-def pages(layout: KvLayout, tokens: int) -> tuple[int, ...]:
-    """Every other page, as if others held those between."""
-    return tuple(range(0, 2 * -(-tokens // layout.page_size), 2))
+def pages(layout: KvLayout, tokens: int, prompt: int = 0) -> tuple[int, ...]:
+    """Every other page, as if others held those between, behind those of the prompts before, as long as this one."""
+    count = -(-tokens // layout.page_size)
+    return tuple(range(2 * count * prompt, 2 * count * (prompt + 1), 2))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Copies between a GPU's pages and payloads, by kernels on a stream of its own: the engine's own work goes on.
 
-What a frame costs here is host time, a dozen microseconds for every call of torch's, so few are made.
+What a frame costs here is host time, a dozen microseconds for every call of torch's, so few are made: small copies
+that are asked for together end together.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -23,12 +24,14 @@ from splitserve.kv_transfer.mover import Mark
 from splitserve.kv_transfer.packing import check_pages
 from splitserve.kv_transfer.staging import HOST_FRAMES
 
-# Of the GPU's, which one copy takes. Prefill's kernels fill all of them, and wait for those that pack: it is soon over.
+# Of the GPU's, which a copy takes. Prefill's kernels fill all of them, and wait for those that pack: it is soon over.
 # Decode's leave some free.
 PACK_SMS, UNPACK_SMS = 64, 16
+# What ends together at most, but for a payload that is larger: a part of what fits into memory that payloads pass.
+BATCH_COPIES, BATCH_BYTES = 16, BOUNCE_BYTES // 8
 # Smaller payloads for another GPU are packed straight across: its copy engines are faster than SMs, but start later.
 LEAST_BOUNCED_BYTES = 1 << 20
-SLOTS = 1024
+ROWS = 256
 HOST_PAYLOADS = 8  # at once, that travel with their messages
 WORD_BYTES, WORD_STRIDE = 8, 2  # every 16 bytes, so that one compiled kernel does for every word
 
@@ -45,9 +48,10 @@ class DeviceMover:
         self._layers = PagedLayers.of(cache.layers)
         self._stream, self._copies = _stream(self._device), _stream(self._device)
         self._bounces = _Bounces(self._device)
-        words = torch.zeros(SLOTS, WORD_STRIDE, dtype=torch.int64, device=self._device)
-        sums = torch.zeros(SLOTS, dtype=torch.int64, pin_memory=True)
-        self._slots = itertools.cycle([_Slot(words[n, :1], sums[n : n + 1]) for n in range(SLOTS)])
+        words = torch.zeros(ROWS, BATCH_COPIES, WORD_STRIDE, dtype=torch.int64, device=self._device)
+        sums = torch.zeros(ROWS, BATCH_COPIES, WORD_STRIDE, dtype=torch.int64, pin_memory=True)
+        self._rows = itertools.cycle([_Row(*each) for each in zip(words, sums, strict=True)])
+        self._batch: _Batch | None = None
         _fill_pinned_pool()
         torch.cuda.current_stream(self._device).synchronize()
 
@@ -63,49 +67,71 @@ class DeviceMover:
             return to_device(pages, self._device)
 
     def pack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor) -> DeviceMove:
+        size = payload.numel()
         with _current(self._device):
-            small = payload.numel() < LEAST_BOUNCED_BYTES
-            if payload.is_cuda and (small or payload.device == self._device):
-                return self._run(pack_kv, PACK_SMS, table, region, payload)
+            batch = self._batch_for(size)
+            if payload.is_cuda and (size < LEAST_BOUNCED_BYTES or payload.device == self._device):
+                return self._run(pack_kv, PACK_SMS, batch, table, region, payload)
             reached = payload if payload.is_cuda or payload.is_pinned() else torch.empty_like(payload, pin_memory=True)
-            bounce = self._bounces.take(payload.numel(), self._stream)
-            move = self._run(pack_kv, PACK_SMS, table, region, bounce.bytes)
-            self._copies.wait_event(move.done)
-            copy_async(reached.data_ptr(), bounce.bytes.data_ptr(), payload.numel(), self._copies)
-            move.done.record(self._copies)
-            bounce.free = move.done
-            if reached is not payload:
-                move.fills = (payload, reached)
+            packed = self._bounce(batch, size, self._stream)
+            batch.leaving.append((reached.data_ptr(), packed.data_ptr(), size))
+            move = self._run(pack_kv, PACK_SMS, batch, table, region, packed)
+            move.fills = None if reached is payload else (payload, reached)
             return move
 
     def unpack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: Mark) -> DeviceMove:
         with _current(self._device):
+            batch = self._batch_for(payload.numel())
             if after is not None:
                 self._stream.wait_event(after)
             if payload.is_cuda:
-                return self._run(unpack_kv, UNPACK_SMS, table, region, payload)
+                return self._run(unpack_kv, UNPACK_SMS, batch, table, region, payload)
             source = payload.pin_memory()
-            bounce = self._bounces.take(payload.numel(), self._copies)
-            copy_async(bounce.bytes.data_ptr(), source.data_ptr(), payload.numel(), self._copies)
+            packed = self._bounce(batch, payload.numel(), self._copies)
+            copy_async(packed.data_ptr(), source.data_ptr(), payload.numel(), self._copies)
             self._stream.wait_stream(self._copies)
-            move = self._run(unpack_kv, UNPACK_SMS, table, region, bounce.bytes)
-            bounce.free, move.source = move.done, source
+            move = self._run(unpack_kv, UNPACK_SMS, batch, table, region, packed)
+            move.source = source
             return move
 
+    def launch(self) -> None:
+        batch, self._batch = self._batch, None
+        if batch is not None:
+            with _current(self._device):
+                batch.launch(self._stream, self._copies)
+
+    def _batch_for(self, size: int) -> _Batch:
+        """What a copy of `size` bytes ends with."""
+        if self._batch is not None and self._batch.bytes + size > BATCH_BYTES:
+            self.launch()
+        if self._batch is None:
+            self._batch = next(self._rows).begin()
+        return self._batch
+
+    def _bounce(self, batch: _Batch, size: int, stream: torch.cuda.Stream) -> torch.Tensor:
+        bounce = self._bounces.take(size, stream)
+        batch.bounces.append(bounce)
+        return bounce.bytes
+
     def _run(
-        self, kernel: Callable[..., None], sms: int, table: torch.Tensor, region: KvRegion, packed: torch.Tensor
+        self,
+        kernel: Callable[..., None],
+        sms: int,
+        batch: _Batch,
+        table: torch.Tensor,
+        region: KvRegion,
+        packed: torch.Tensor,
     ) -> DeviceMove:
-        slot = next(self._slots)
-        move = slot.begin()
-        kernel(self._layers, table, region, packed, slot.word, sms, self._stream)
-        copy_async(*slot.to_host, WORD_BYTES, self._stream)
-        move.done.record(self._stream)
+        move = batch.add(packed.numel())
+        kernel(self._layers, table, region, packed, move.word, sms, self._stream)
+        if batch.is_full:
+            self.launch()
         return move
 
 
 @dataclass
 class _Bounce:
-    """Memory for one payload, which others may take when `free` has passed."""
+    """Memory for one payload, which others may take when `free` has passed; None until its batch is launched."""
 
     bytes: torch.Tensor
     start: int
@@ -114,7 +140,7 @@ class _Bounce:
 
     @property
     def is_free(self) -> bool:
-        return self.free is None or bool(self.free.query())  # type: ignore[no-untyped-call]
+        return self.free is not None and bool(self.free.query())  # type: ignore[no-untyped-call]
 
 
 class _Bounces:
@@ -144,52 +170,97 @@ class _Bounces:
         return bounce
 
 
-class _Slot:
-    """A word on the GPU that moves add their sums to, one after another, and its copy in pinned memory.
+class _Row:
+    """What batches take by turns: a word on the GPU for the sum of each copy, their copy in pinned memory, an event.
 
-    It is never zeroed: a move's sum is what it has grown by. That is a launch less. `to_host` are both addresses.
+    Words are never zeroed: a copy's sum is what its word has grown by. That is a launch less.
     """
 
-    def __init__(self, word: torch.Tensor, pinned: torch.Tensor) -> None:
-        self.word, self.to_host, self.value = word, (pinned.data_ptr(), word.data_ptr()), 0
+    def __init__(self, words: torch.Tensor, sums: torch.Tensor) -> None:
+        self.words = [word[:1] for word in words]
+        self.to_host = sums.data_ptr(), words.data_ptr()
         self.done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._found = pinned.numpy()
-        self._move: DeviceMove | None = None
+        self._found, self._before = sums.numpy()[:, 0], [0] * BATCH_COPIES
+        self._batch: _Batch | None = None
 
-    def begin(self) -> DeviceMove:
-        if self._move is not None:
-            self._move.wait()
-        self._move = DeviceMove(self)
-        return self._move
+    def begin(self) -> _Batch:
+        if self._batch is not None:
+            for move in self._batch.moves:
+                move.wait()
+        self._batch = _Batch(self)
+        return self._batch
 
-    def growth(self) -> int:
-        """What the move that is done has added."""
-        before, self.value = self.value, int(self._found[0])
-        return signed(self.value - before)
+    def growth(self, index: int) -> int:
+        """What the copy of that index has added, once its batch is done."""
+        before, self._before[index] = self._before[index], int(self._found[index])
+        return signed(self._before[index] - before)
+
+
+@dataclass
+class _Batch:
+    """Copies that end together. Payloads that are `leaving` then go on from where they are packed, in `bounces`.
+
+    Of those, addresses of target and source, and bytes.
+    """
+
+    row: _Row
+    moves: list[DeviceMove] = field(default_factory=list)
+    bounces: list[_Bounce] = field(default_factory=list)
+    leaving: list[tuple[int, int, int]] = field(default_factory=list)
+    bytes: int = 0
+    launched: bool = False
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.moves) == BATCH_COPIES or self.bytes >= BATCH_BYTES
+
+    @property
+    def is_done(self) -> bool:
+        return self.launched and bool(self.row.done.query())  # type: ignore[no-untyped-call]
+
+    def add(self, size: int) -> DeviceMove:
+        move = DeviceMove(self, len(self.moves))
+        self.moves.append(move)
+        self.bytes += size
+        return move
+
+    def launch(self, stream: torch.cuda.Stream, copies: torch.cuda.Stream) -> None:
+        """Let what is `leaving` go on by `copies` behind `stream`, and `done` tell of all."""
+        done = self.row.done
+        copy_async(*self.row.to_host, WORD_BYTES * WORD_STRIDE * len(self.moves), stream)
+        done.record(stream)
+        if self.leaving:
+            copies.wait_event(done)
+            for copy in self.leaving:
+                copy_async(*copy, copies)
+            done.record(copies)
+        for bounce in self.bounces:
+            bounce.free = done
+        self.launched = True
 
 
 class DeviceMove:
-    """A copy that is done when `done` has passed: then the second of `fills`, if any, holds what goes to the first.
+    """A copy that is done when its batch is: then the second of `fills`, if any, holds what goes to the first.
 
-    `source` is pinned memory that it reads, and nobody else may have until then.
+    Its sum is what its `word` grows by. `source` is pinned memory that it reads, and nobody else may have until then.
     """
 
-    def __init__(self, slot: _Slot) -> None:
-        self._slot, self.done = slot, slot.done
+    def __init__(self, batch: _Batch, index: int) -> None:
+        self._batch, self._index, self.word = batch, index, batch.row.words[index]
         self.fills: tuple[torch.Tensor, torch.Tensor] | None = None
         self.source: torch.Tensor | None = None
         self._sum: int | None = None
 
     def total(self) -> int | None:
-        if self._sum is None and not self.done.query():  # type: ignore[no-untyped-call]
+        if self._sum is None and not self._batch.is_done:
             return None
         return self.wait()
 
     def wait(self) -> int:
-        """The sum. Its slot may serve another move from then on."""
+        """The sum, of a copy that is launched. Its word may serve another one from then on."""
         if self._sum is None:
-            self.done.synchronize()
-            self._sum = self._slot.growth()
+            self._batch.row.done.synchronize()
+            self._sum = self._batch.row.growth(self._index)
             if self.fills is not None:
                 payload, staged = self.fills
                 # Not by torch, which refuses where a model was running when the payload was made.
@@ -199,7 +270,7 @@ class DeviceMove:
         return self._sum
 
     def settle(self) -> None:
-        torch.cuda.current_stream().wait_event(self.done)
+        torch.cuda.current_stream().wait_event(self._batch.row.done)
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:

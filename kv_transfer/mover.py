@@ -25,7 +25,7 @@ class Move(Protocol):
         """The payload's weighted sum, once all of it is copied; None until then."""
 
     def settle(self) -> None:
-        """Whatever the engine does to the pages from here on comes after this copy."""
+        """Whatever the engine does to the pages from here on comes after this copy, which has been launched."""
 
 
 class Mover(Protocol):
@@ -50,6 +50,9 @@ class Mover(Protocol):
 
     def unpack(self, table: torch.Tensor, region: KvRegion, payload: torch.Tensor, after: Mark) -> Move:
         """Copy `payload` into `region`, behind the mark `after`. The sum is that of the words as they were written."""
+
+    def launch(self) -> None:
+        """See to it that what `pack` and `unpack` were asked for is done: small copies end together."""
 
 
 @dataclass(frozen=True)
@@ -98,3 +101,6 @@ class HostMover:
         total = weighted_sum(payload)  # first: it leaves the payload in the processor's cache
         unpack(self.cache, cache_rows(self.cache, table, region.heads, region.tokens), region.layers, payload)
         return Moved(total)
+
+    def launch(self) -> None:
+        """All is done."""

@@ -107,7 +107,8 @@ class Outgoing:
     """A transfer in progress.
 
     `ready` says for each layer up to which token its KV lies in the pages, once its mark in `marks` has passed.
-    `beat_at` is when all targets next hear that this rank is at it.
+    `beat_at` is when all targets next hear that this rank is at it, and `rests_until` when there is something to do for
+    it again, if nothing is heard of it before.
     """
 
     ticket: Ticket
@@ -119,6 +120,7 @@ class Outgoing:
     owes_hand_off: bool
     expires: float
     beat_at: float
+    rests_until: float
     hand_off: HandOff | None = None
     flights: dict[int, Flight] = field(default_factory=dict)
     sequence: int = 0
@@ -144,6 +146,15 @@ class Outgoing:
     def is_packing(self) -> bool:
         """Whether this rank may still write to the window, once it has looked for moves that are done."""
         return any(flight.move is not None and flight.move.total() is None for flight in self.flights.values())
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a device computes or packs KV for a frame."""
+        return any(flight.move is not None or flight.written is not None for flight in self.flights.values())
+
+    def rest(self) -> None:
+        """Nothing is under way, and nothing can be cut until more is ready or a frame has landed."""
+        self.rests_until = min([self.expires, self.beat_at, *(flight.due for flight in self.flights.values())])
 
     @property
     def is_complete(self) -> bool:

@@ -33,6 +33,7 @@ from splitserve.kv_transfer.reception import Landing, Reception, Share
 from splitserve.kv_transfer.transport import Arrival, ReceiverTransport
 
 MAX_ARRIVALS = 8
+LOOK_S = 0.01  # between looks at leases
 
 
 class KvReceiver:
@@ -61,6 +62,7 @@ class KvReceiver:
         self._receptions: dict[str, Reception] = {}
         self._events: list[ReceiverEvent] = []
         self._newest_epoch = 0
+        self._look_at = 0.0
         self.rejected = 0
 
     @property
@@ -101,15 +103,17 @@ class KvReceiver:
         Between payloads that have landed it looks for others, so that a device has more to do meanwhile.
         """
         limit -= self._receive(limit)
-        now = self._clock()
-        for reception in list(self._receptions.values()):
+        for reception in [each for each in self._receptions.values() if each.landings]:
             for landing in list(reception.landings.values()):
                 if self._end_landing(reception, landing):
                     limit -= self._receive(limit)
-            if now >= reception.expires and reception.lifecycle.awaits_sender:
-                self._abort(reception, f"no KV came for a lease of {reception.incoming.lease_s:g} s")
-            if reception.lifecycle.is_over and (not reception.writers or now >= reception.expires):
-                self._free(reception)
+        now = self._clock()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_S
+            for reception in list(self._receptions.values()):
+                if now >= reception.expires and reception.lifecycle.awaits_sender:
+                    self._abort(reception, f"no KV came for a lease of {reception.incoming.lease_s:g} s")
+                self._free(reception, anyway=now >= reception.expires)
         events, self._events = self._events, []
         return events
 
@@ -120,6 +124,7 @@ class KvReceiver:
             raise TransferFailed(f"transfer_id: {transfer_id} is not open; only a verified transfer commits")
         reception.lifecycle.move(TransferState.COMMITTED)
         reception.renew(self._clock())
+        self._free(reception)
 
     def abort(self, transfer_id: str, reason: str) -> None:
         """End a transfer that has not been committed; its pages may be given away at once. Ignored once it is over."""
@@ -138,6 +143,7 @@ class KvReceiver:
         arrivals = self._transport.receive(limit)
         for arrival in arrivals:
             self._take(arrival)
+        self._mover.launch()
         return len(arrivals)
 
     def _take(self, arrival: Arrival) -> None:
@@ -220,6 +226,7 @@ class KvReceiver:
         reception.writers.discard(message.source_rank)
         if reception.lifecycle.awaits_sender and reception.owes(message.source_rank):
             self._abort(reception, f"source rank {message.source_rank} stopped: {message.reason}")
+        self._free(reception)
 
     def _settle(self, reception: Reception) -> None:
         """Move the transfer on by what has landed."""
@@ -236,6 +243,7 @@ class KvReceiver:
             reception.renew(self._clock())
 
     def _abort(self, reception: Reception, reason: str) -> None:
+        self._mover.launch()
         for landing in reception.landings.values():
             landing.move.settle()
         reception.landings.clear()
@@ -246,10 +254,12 @@ class KvReceiver:
             self._send(peer, KvGone(incoming.transfer_id, incoming.epoch, reason))
         self._events.append(ReceiveFailed(incoming.transfer_id, reason))
 
-    def _free(self, reception: Reception) -> None:
-        reception.lifecycle.move(TransferState.DRAINED, TransferState.FREE)
-        del self._receptions[reception.incoming.transfer_id]
-        self._events.append(Freed(reception.incoming.transfer_id))
+    def _free(self, reception: Reception, *, anyway: bool = False) -> None:
+        """Let go of a transfer that is over and that nobody writes the window of any more, or `anyway`."""
+        if reception.lifecycle.is_over and (anyway or not reception.writers):
+            reception.lifecycle.move(TransferState.DRAINED, TransferState.FREE)
+            del self._receptions[reception.incoming.transfer_id]
+            self._events.append(Freed(reception.incoming.transfer_id))
 
     def _put_off(self, peer: bytes, message: FromSender) -> None:
         """The sender has its ticket before this rank has heard of it from its leader: a frame is to come again."""

@@ -35,6 +35,7 @@ from splitserve.kv_transfer.traffic import Traffic
 from splitserve.kv_transfer.transport import SenderTransport
 
 TRIES_PER_LEASE = 8
+MOST_PACKED = 16  # frames a turn: those of before are sent between, and the engine has its turn
 
 
 class KvSender:
@@ -50,6 +51,7 @@ class KvSender:
         self._mover, self._rank, self._transport, self._clock = mover, rank, transport, clock
         self._outgoing: dict[str, Outgoing] = {}
         self._stopping: list[tuple[Outgoing, str]] = []
+        self._may_pack = 0
         self._events: list[SenderEvent] = []
         self.traffic = Traffic()
         self.rejected = 0
@@ -62,8 +64,7 @@ class KvSender:
     @property
     def busy(self) -> bool:
         """Whether a device computes or packs KV for a transfer, as `pump` last saw it."""
-        flights = [flight for outgoing in self._outgoing.values() for flight in outgoing.flights.values()]
-        return bool(self._stopping) or any(flight.move is not None or flight.written is not None for flight in flights)
+        return bool(self._stopping) or any(outgoing.is_under_way for outgoing in self._outgoing.values())
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -93,6 +94,7 @@ class KvSender:
             owes_hand_off=self._rank == 0,
             expires=now + ticket.lease_s,
             beat_at=now + ticket.lease_s / TRIES_PER_LEASE,
+            rests_until=now,
         )
         for target in outgoing.targets(self._rank):
             self._transport.connect(target)
@@ -145,11 +147,13 @@ class KvSender:
         """Take acknowledgements, send what is ready, send again what is overdue. Returns what ended since last time."""
         for header in self._transport.receive():
             self._take_reply(header)
-        for outgoing in list(self._outgoing.values()):
+        now, self._may_pack = self._clock(), MOST_PACKED
+        for outgoing in [each for each in self._outgoing.values() if now >= each.rests_until]:
             try:
                 self._advance(outgoing)
             except TransferFailed as error:
                 self._fail(outgoing, str(error))
+        self._mover.launch()
         self._end_stopped()
         events, self._events = self._events, []
         return events
@@ -175,18 +179,20 @@ class KvSender:
             for flight in chain(list(outgoing.flights.values()), self._cut(outgoing, now)):
                 if self._mover.passed(flight.written):
                     flight.written = None
-                    if flight.move is None and now >= flight.due:
+                    if flight.move is None and now >= flight.due and self._may_pack:
                         self._pack(outgoing, flight)
                         self._send_packed(outgoing)
             self._send_packed(outgoing)
             if now >= outgoing.beat_at:
                 self._beat(outgoing, now)
+            if self._may_pack and not outgoing.is_under_way:
+                outgoing.rest()
 
     def _cut(self, outgoing: Outgoing, now: float) -> Iterator[Flight]:
         """Make frames of all that is ready and finds a free slot, one when it is asked for: the first is on its way."""
         ticket = outgoing.ticket
         for lane in outgoing.lanes:
-            while (region := lane.take(outgoing.ready)) is not None:
+            while self._may_pack and (region := lane.take(outgoing.ready)) is not None:
                 outgoing.sequence += 1
                 frame = KvFrame(
                     transfer_id=ticket.transfer_id,
@@ -211,6 +217,7 @@ class KvSender:
         flight.payload = self._transport.place(lane.target, frame.offset, size)
         if flight.payload is None:
             return
+        self._may_pack -= 1
         self.traffic.count(self._transport.way(lane.target), "bytes", size)
         flight.due = self._clock() + outgoing.ticket.lease_s / TRIES_PER_LEASE
         flight.move = self._mover.pack(outgoing.table, region, flight.payload)
@@ -264,7 +271,7 @@ class KvSender:
             case KvGone():
                 self._fail(outgoing, reply.reason)
             case KvNack() if reply.sequence in outgoing.flights:
-                outgoing.flights[reply.sequence].due = self._clock()
+                outgoing.flights[reply.sequence].due = outgoing.rests_until = self._clock()
             case KvAck():
                 self._on_acknowledged(outgoing, reply)
 
@@ -310,4 +317,5 @@ class KvSender:
         self._transport.send(target, seal(message))
 
     def _progress(self, outgoing: Outgoing) -> None:
-        outgoing.expires = self._clock() + outgoing.ticket.lease_s
+        outgoing.rests_until = now = self._clock()
+        outgoing.expires = now + outgoing.ticket.lease_s

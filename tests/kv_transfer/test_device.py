@@ -14,6 +14,7 @@ from splitserve.cluster.layout import KvLayout
 from splitserve.engine.kv_cache import KvCache
 from splitserve.kernels.kv_pack import KvRegion
 from splitserve.kv_transfer import device_mover
+from splitserve.kv_transfer.checksum import weighted_sum
 from splitserve.kv_transfer.cuda_ipc import CudaMapping, CudaSegment
 from splitserve.kv_transfer.device_mover import DeviceMove, DeviceMover
 from splitserve.kv_transfer.mover import HostMover
@@ -38,7 +39,8 @@ def expected_payload(seed: int) -> tuple[torch.Tensor, int]:
     return payload, host.pack(host.table(PAGES, 500), REGION, payload).total()
 
 
-def total_of(move: DeviceMove) -> int:
+def total_of(mover: DeviceMover, move: DeviceMove) -> int:
+    mover.launch()
     deadline = time.monotonic() + 20
     while (total := move.total()) is None:
         assert time.monotonic() < deadline
@@ -52,13 +54,15 @@ def test_payloads_are_those_of_the_host(where: str) -> None:
     with torch.inference_mode():  # as a payload is that is made between two layers of a model
         device = "cuda" if where == "cuda" else "cpu"
         found = torch.empty(SIZE, dtype=torch.uint8, device=device, pin_memory=where == "pinned")
-    assert total_of(mover.pack(mover.table(PAGES, 500), REGION, found)) == expected
+    assert total_of(mover, mover.pack(mover.table(PAGES, 500), REGION, found)) == expected
     assert torch.equal(found.cpu(), payload)
 
     target = DeviceMover(filled_cache(2))
-    assert total_of(target.unpack(target.table(PAGES, 500), REGION, payload.to(device), target.mark())) == expected
+    assert (
+        total_of(target, target.unpack(target.table(PAGES, 500), REGION, payload.to(device), target.mark())) == expected
+    )
     back = torch.empty(SIZE, dtype=torch.uint8)
-    assert total_of(target.pack(target.table(PAGES, 500), REGION, back)) == expected
+    assert total_of(target, target.pack(target.table(PAGES, 500), REGION, back)) == expected
     for left, right in zip(target.cache.layers, filled_cache(2).layers, strict=True):
         untouched = [page for page in range(12) if page not in PAGES]
         assert torch.equal(left[:, untouched], right[:, untouched])
@@ -66,18 +70,48 @@ def test_payloads_are_those_of_the_host(where: str) -> None:
 
 def test_payloads_pass_through_memory_that_others_had_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_mover, "BOUNCE_BYTES", SIZE * 5 // 2)
+    monkeypatch.setattr(device_mover, "BATCH_BYTES", SIZE * 5 // 16)
     source, target = DeviceMover(filled_cache(1)), DeviceMover(filled_cache(2))
     table, filled = source.table(PAGES, 500), target.table(PAGES, 500)
     regions = [KvRegion((0, 4), (0, 1), (start, min(start + 7 + start % 90, 500))) for start in range(0, 500, 5)]
     payloads = [torch.empty(region.rows(1) * 576 * 2, dtype=torch.uint8, pin_memory=True) for region in regions]
     packs = [source.pack(table, region, payload) for region, payload in zip(regions, payloads, strict=True)]
-    totals = [total_of(move) for move in packs]
+    totals = [total_of(source, move) for move in packs]
     unpacks = [target.unpack(filled, region, payload, None) for region, payload in zip(regions, payloads, strict=True)]
-    assert [total_of(move) for move in unpacks] == totals
+    assert [total_of(target, move) for move in unpacks] == totals
     whole = KvRegion((0, 4), (0, 1), (0, 500))
     there, here = (torch.empty(whole.rows(1) * 576 * 2, dtype=torch.uint8, device="cuda") for _ in range(2))
-    total_of(source.pack(table, whole, there)), total_of(target.pack(filled, whole, here))
+    total_of(source, source.pack(table, whole, there)), total_of(target, target.pack(filled, whole, here))
     assert torch.equal(there, here)
+
+
+@pytest.mark.parametrize("where", ["pinned", "cuda"])
+def test_small_copies_end_together_and_each_has_its_own_sum(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_mover, "ROWS", 2)
+    batches: list[int] = []
+    launch = device_mover._Batch.launch
+
+    def counted(batch: device_mover._Batch, *streams: torch.cuda.Stream) -> None:
+        batches.append(len(batch.moves))
+        launch(batch, *streams)
+
+    monkeypatch.setattr(device_mover._Batch, "launch", counted)
+    source, target = DeviceMover(filled_cache(1)), DeviceMover(filled_cache(2))
+    tables = [(source.table([page], 64), target.table([page], 64)) for page in range(12)]
+    region, device = KvRegion((0, 4), (0, 1), (0, 64)), "cuda" if where == "cuda" else "cpu"
+    size = region.rows(1) * 576 * 2
+    for _ in range(3):  # words are taken again
+        payloads = [torch.empty(size, dtype=torch.uint8, device=device, pin_memory=where == "pinned") for _ in tables]
+        packs = [source.pack(table, region, payload) for (table, _), payload in zip(tables, payloads, strict=True)]
+        assert not any(move.total() for move in packs), "none is told of yet"
+        totals = [total_of(source, move) for move in packs]
+        assert totals == [weighted_sum(payload.cpu()) for payload in payloads]
+        pairs = zip(tables, payloads, strict=True)
+        unpacks = [target.unpack(table, region, payload, target.mark()) for (_, table), payload in pairs]
+        assert [total_of(target, move) for move in unpacks] == totals
+    assert batches == [12] * 6
+    for left, right in zip(source.cache.layers, target.cache.layers, strict=True):
+        assert torch.equal(left, right)
 
 
 def test_marks_pass_in_time_and_the_engine_waits_for_settled_copies() -> None:
@@ -91,9 +125,10 @@ def test_marks_pass_in_time_and_the_engine_waits_for_settled_copies() -> None:
     torch.cuda.synchronize()
     assert mover.passed(mark)
     move = mover.pack(table, REGION, payload)
+    mover.launch()
     move.settle()
     mover.cache.layers[1].zero_()
-    assert total_of(move) == other
+    assert total_of(mover, move) == other
 
 
 def test_a_table_may_be_newer_than_the_mark_that_it_is_used_with() -> None:
@@ -107,7 +142,7 @@ def test_a_table_may_be_newer_than_the_mark_that_it_is_used_with() -> None:
         pass
     found = torch.empty(SIZE, dtype=torch.uint8, device="cuda")
     move = mover.pack(table, REGION, found)
-    assert total_of(move) == expected
+    assert total_of(mover, move) == expected
     assert not torch.cuda.current_stream().query(), "it waited for all that was queued"
     torch.cuda.synchronize()
     assert torch.equal(found.cpu(), payload)
@@ -119,16 +154,17 @@ def test_what_comes_in_waits_for_its_mark() -> None:
     torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
     mover.cache.layers[1].zero_()
     move = mover.unpack(table, REGION, packed, mover.mark())
+    mover.launch()
     assert move.total() is None
-    assert total_of(move) == expected
+    assert total_of(mover, move) == expected
     back = torch.empty_like(packed)
-    assert total_of(mover.pack(table, REGION, back)) == expected
+    assert total_of(mover, mover.pack(table, REGION, back)) == expected
 
 
 def fill(connection: Connection, name: str, device: str) -> None:
     mapping = CudaMapping(name, torch.device(device))
     mover = DeviceMover(filled_cache(4, device))
-    total = total_of(mover.pack(mover.table(PAGES, 500), REGION, mapping.bytes[4096 : 4096 + SIZE]))
+    total = total_of(mover, mover.pack(mover.table(PAGES, 500), REGION, mapping.bytes[4096 : 4096 + SIZE]))
     connection.send((mapping.bytes.numel(), total))
     connection.recv()
     mapping.close()

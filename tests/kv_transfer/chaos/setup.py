@@ -93,10 +93,11 @@ def warm_up(mover: Mover) -> None:
     for where in {device, torch.device("cpu")}:
         payload = torch.empty(layout.bytes_per_page // layout.num_layers, dtype=torch.uint8, device=where)
         table = mover.table([0], layout.page_size)
-        _finish(mover.pack(table, region, payload))
-        _finish(mover.unpack(table, region, payload, mover.mark()))
+        _finish(mover, mover.pack(table, region, payload))
+        _finish(mover, mover.unpack(table, region, payload, mover.mark()))
 
 
-def _finish(move: Move) -> None:
+def _finish(mover: Mover, move: Move) -> None:
+    mover.launch()
     while move.total() is None:
         time.sleep(0.001)
