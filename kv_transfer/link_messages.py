@@ -47,6 +47,7 @@ class KvPart:
 def read(data: bytes) -> object:
     """What a link's other end says; None for what cannot be read."""
     try:
-        return unseal(data[len(MARK) :])
+        said = unseal(data[len(MARK) :])
     except ProtocolError:
         return None
+    return said[0] if len(said) == 1 else None

@@ -81,6 +81,9 @@ class LinkedSender:
         self._packed.append(weakref.ref(payload))
         return payload
 
+    def reaches(self, target: RankEndpoint) -> bool:
+        return False
+
     def way(self, target: RankEndpoint) -> Transport:
         peer = self._peers.get(target.address)
         linked = peer is not None and peer.link is not None and peer.link.state == "up"

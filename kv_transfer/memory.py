@@ -103,6 +103,9 @@ class MemorySender:
             return torch.empty(size, dtype=torch.uint8)
         return self._network.staging[target.segment][offset : offset + size]
 
+    def reaches(self, target: RankEndpoint) -> bool:
+        return bool(target.segment)
+
     def way(self, target: RankEndpoint) -> Transport:
         return "memory"
 

@@ -10,12 +10,14 @@
       | KvDrained -------------------------------------->|   this rank writes the window no more
 
 Any of these may be lost, repeated or late. Frames and KvFinish are sent again until they are acknowledged; for the
-others a lease stands in. A packed message travels sealed, with a hash behind it.
+others a lease stands in. What is said to one peer at a time, of however many transfers, travels together, sealed with a
+hash behind it.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from splitserve.cluster.codec import message, pack, unpack
@@ -25,6 +27,7 @@ from splitserve.cluster.messages import HandOff
 
 MAX_HEADER_BYTES = 16 * 1024
 SEAL_BYTES = 8
+PACKED_BYTES, BYTES_BEFORE = MAX_HEADER_BYTES - 64, 5  # of messages that travel together, and at most before each
 HAND_OFF_SEQUENCE = 0
 
 
@@ -177,20 +180,45 @@ ReceiverEvent = Verified | ReceiveFailed | Freed
 SenderEvent = Sent | SendFailed
 
 
-def seal(item: object) -> bytes:
-    data = pack(item)
-    return data + _digest(data)
+@message
+@dataclass(frozen=True)
+class KvTogether:
+    packed: tuple[bytes, ...]
 
 
-def unseal(sealed: bytes | memoryview) -> object:
-    """The message in `sealed`. Raises ProtocolError when it is too long, damaged or no message at all."""
+def seal(*messages: object) -> bytes:
+    return _sealed([pack(each) for each in messages])
+
+
+def seal_all(messages: Iterable[object]) -> Iterator[bytes]:
+    """All of `messages`, in order, in as few parcels as hold them."""
+    packed: list[bytes] = []
+    size = 0
+    for data in map(pack, messages):
+        if packed and size + len(data) > PACKED_BYTES:
+            yield _sealed(packed)
+            packed, size = [], 0
+        packed.append(data)
+        size += len(data) + BYTES_BEFORE
+    yield _sealed(packed)
+
+
+def unseal(sealed: bytes | memoryview) -> list[object]:
+    """The messages in `sealed`. Raises ProtocolError when it is too long, or damaged, or one of them is no message."""
     if len(sealed) > MAX_HEADER_BYTES:
         raise ProtocolError(f"header of {len(sealed)} bytes exceeds {MAX_HEADER_BYTES}")
     data = bytes(sealed[:-SEAL_BYTES])
     if _digest(data) != sealed[-SEAL_BYTES:]:
         raise ProtocolError("header does not match its seal")
-    item: object = unpack(data)
-    return item
+    together = unpack(data)
+    if not isinstance(together, KvTogether):
+        raise ProtocolError(f"header: found a {type(together).__name__}")
+    return [unpack(each) for each in together.packed]
+
+
+def _sealed(packed: Sequence[bytes]) -> bytes:
+    data = pack(KvTogether(tuple(packed)))
+    return data + _digest(data)
 
 
 def _digest(data: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Callable
 
 from splitserve.cluster.channel import Pollable
@@ -26,13 +27,13 @@ from splitserve.kv_transfer.protocol import (
     ReceiveFailed,
     ReceiverEvent,
     Verified,
-    seal,
+    seal_all,
     unseal,
 )
 from splitserve.kv_transfer.reception import Landing, Reception, Share
 from splitserve.kv_transfer.transport import Arrival, ReceiverTransport
 
-MAX_ARRIVALS = 8
+MAX_MESSAGES = 8  # a turn: an engine has other things to do
 LOOK_S = 0.01  # between looks at leases
 
 
@@ -60,6 +61,8 @@ class KvReceiver:
         self._mover, self._rank, self._staging_bytes = mover, rank, staging_bytes
         self._transport, self._clock = transport, clock
         self._receptions: dict[str, Reception] = {}
+        self._arrived: deque[tuple[Arrival, FromSender]] = deque()
+        self._replies: defaultdict[bytes, list[FromReceiver]] = defaultdict(list)
         self._events: list[ReceiverEvent] = []
         self._newest_epoch = 0
         self._look_at = 0.0
@@ -73,7 +76,8 @@ class KvReceiver:
     @property
     def busy(self) -> bool:
         """Whether payloads are on their way, or a device writes them into pages, as `poll` last saw it."""
-        return self._transport.busy or any(reception.landings for reception in self._receptions.values())
+        landing = any(reception.landings for reception in self._receptions.values())
+        return landing or bool(self._arrived) or self._transport.busy
 
     @property
     def resident(self) -> dict[str, TransferState]:
@@ -97,7 +101,7 @@ class KvReceiver:
         self._newest_epoch = max(self._newest_epoch, incoming.epoch)
         self._settle(reception)
 
-    def poll(self, limit: int = MAX_ARRIVALS) -> list[ReceiverEvent]:
+    def poll(self, limit: int = MAX_MESSAGES) -> list[ReceiverEvent]:
         """Take up to `limit` messages and look at the clock. Returns what happened since last time.
 
         Between payloads that have landed it looks for others, so that a device has more to do meanwhile.
@@ -114,6 +118,7 @@ class KvReceiver:
                 if now >= reception.expires and reception.lifecycle.awaits_sender:
                     self._abort(reception, f"no KV came for a lease of {reception.incoming.lease_s:g} s")
                 self._free(reception, anyway=now >= reception.expires)
+        self._answer()
         events, self._events = self._events, []
         return events
 
@@ -131,6 +136,7 @@ class KvReceiver:
         reception = self._receptions.get(transfer_id)
         if reception is not None and not reception.lifecycle.is_over:
             self._abort(reception, reason)
+            self._answer()
 
     def close(self) -> None:
         """Tell all senders to stop, and close the transport."""
@@ -139,22 +145,30 @@ class KvReceiver:
         self._transport.close()
 
     def _receive(self, limit: int) -> int:
-        """Take up to `limit` messages. Returns how many came."""
-        arrivals = self._transport.receive(limit)
-        for arrival in arrivals:
-            self._take(arrival)
+        """Take up to `limit` messages. Returns how many there were."""
+        taken = 0
+        while taken < limit and (self._arrived or self._unpack_arrivals(limit - taken)):
+            self._take(*self._arrived.popleft())
+            taken += 1
         self._mover.launch()
-        return len(arrivals)
+        return taken
 
-    def _take(self, arrival: Arrival) -> None:
-        try:
-            message = unseal(arrival.header)
-        except ProtocolError:
-            self.rejected += 1
-            return
-        if not isinstance(message, FromSender):
-            self.rejected += 1
-            return
+    def _unpack_arrivals(self, limit: int) -> bool:
+        """Look for up to `limit` parcels. Returns whether messages have come."""
+        for arrival in self._transport.receive(limit):
+            try:
+                messages = unseal(arrival.header)
+            except ProtocolError:
+                self.rejected += 1
+                continue
+            for message in messages:
+                if isinstance(message, FromSender):
+                    self._arrived.append((arrival, message))
+                else:
+                    self.rejected += 1
+        return bool(self._arrived)
+
+    def _take(self, arrival: Arrival, message: FromSender) -> None:
         reception = self._receptions.get(message.transfer_id)
         if message.epoch > self._newest_epoch:
             self._put_off(arrival.peer, message)
@@ -281,4 +295,11 @@ class KvReceiver:
         self._send(peer, KvNack(frame.transfer_id, frame.epoch, frame.sequence))
 
     def _send(self, peer: bytes, message: FromReceiver) -> None:
-        self._transport.send(peer, seal(message))
+        """Put it with what else this turn has for that peer."""
+        self._replies[peer].append(message)
+
+    def _answer(self) -> None:
+        for peer, messages in self._replies.items():
+            for parcel in seal_all(messages):
+                self._transport.send(peer, parcel)
+        self._replies.clear()

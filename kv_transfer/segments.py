@@ -129,8 +129,12 @@ class HostSender:
             raise TransferFailed(f"segment: {found}; a frame ends at {offset + size}")
         return segment.bytes.narrow(0, offset, size)
 
+    def reaches(self, target: RankEndpoint) -> bool:
+        known = target.transport in self._attach and target.host == self._host
+        return known and target.segment not in self._unreachable
+
     def way(self, target: RankEndpoint) -> Transport:
-        return target.transport if self._reaches(target) else self._control.way(target)
+        return target.transport if self.reaches(target) else self._control.way(target)
 
     @property
     def links_up(self) -> int:
@@ -140,7 +144,7 @@ class HostSender:
         if (peer := target.segment.encode()) in self._local:
             self._local.send(peer, header)
         else:
-            self._control.send(target, header, None if self._reaches(target) else payload, offset)
+            self._control.send(target, header, None if self.reaches(target) else payload, offset)
 
     def receive(self) -> list[bytes]:
         for name, attached in list(self._attached.items()):
@@ -162,12 +166,8 @@ class HostSender:
         self._attached.pop(name).segment.close()
         self._local.drop(name.encode())
 
-    def _reaches(self, target: RankEndpoint) -> bool:
-        known = target.transport in self._attach and target.host == self._host
-        return known and target.segment not in self._unreachable
-
     def _segment(self, target: RankEndpoint) -> AttachedSegment | None:
-        if not self._reaches(target):
+        if not self.reaches(target):
             return None
         attached = self._attached.get(target.segment)
         if attached is None:

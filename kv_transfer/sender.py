@@ -29,12 +29,14 @@ from splitserve.kv_transfer.protocol import (
     SendFailed,
     Sent,
     seal,
+    seal_all,
     unseal,
 )
 from splitserve.kv_transfer.traffic import Traffic
 from splitserve.kv_transfer.transport import SenderTransport
 
 TRIES_PER_LEASE = 8
+SMALL_BYTES = 8 << 20  # payloads of which share a message; others' frames are on their way at once
 MOST_PACKED = 16  # frames a turn: those of before are sent between, and the engine has its turn
 
 
@@ -51,6 +53,7 @@ class KvSender:
         self._mover, self._rank, self._transport, self._clock = mover, rank, transport, clock
         self._outgoing: dict[str, Outgoing] = {}
         self._stopping: list[tuple[Outgoing, str]] = []
+        self._outbox: dict[tuple[str, str], tuple[RankEndpoint, list[FromSender]]] = {}
         self._may_pack = 0
         self._events: list[SenderEvent] = []
         self.traffic = Traffic()
@@ -142,11 +145,12 @@ class KvSender:
         """Stop, and tell the receiver when nothing writes there any more. No event follows; the pages are free."""
         if (outgoing := self._outgoing.get(transfer_id)) is not None:
             self._stop(outgoing, reason, "cancelled")
+            self._flush()
 
     def pump(self) -> list[SenderEvent]:
         """Take acknowledgements, send what is ready, send again what is overdue. Returns what ended since last time."""
         for header in self._transport.receive():
-            self._take_reply(header)
+            self._take_replies(header)
         now, self._may_pack = self._clock(), MOST_PACKED
         for outgoing in [each for each in self._outgoing.values() if now >= each.rests_until]:
             try:
@@ -155,6 +159,7 @@ class KvSender:
                 self._fail(outgoing, str(error))
         self._mover.launch()
         self._end_stopped()
+        self._flush()
         events, self._events = self._events, []
         return events
 
@@ -237,7 +242,10 @@ class KvSender:
             checksum = bind(total, flight.frame.identity(), payload.numel())
             hand_off = outgoing.hand_off if outgoing.owes_hand_off and flight.lane.piece.target_rank == 0 else None
             frame = replace(flight.frame, checksum=checksum, hand_off=hand_off)
-            self._transport.send(flight.lane.target, seal(frame), payload, frame.offset)
+            if payload.numel() < SMALL_BYTES and self._transport.reaches(flight.lane.target):
+                self._send(flight.lane.target, frame)
+            else:
+                self._transport.send(flight.lane.target, seal(frame), payload, frame.offset)
 
     def _land(self, outgoing: Outgoing, flight: Flight) -> None:
         """The receiver has the frame: its slot is free again."""
@@ -255,15 +263,19 @@ class KvSender:
             else:
                 self._send(target, KvRenew(ticket.transfer_id, ticket.epoch, self._rank))
 
-    def _take_reply(self, header: bytes) -> None:
+    def _take_replies(self, header: bytes) -> None:
         try:
-            reply = unseal(header)
+            replies = unseal(header)
         except ProtocolError:
             self.rejected += 1
             return
-        if not isinstance(reply, FromReceiver):
-            self.rejected += 1
-            return
+        for reply in replies:
+            if isinstance(reply, FromReceiver):
+                self._take_reply(reply)
+            else:
+                self.rejected += 1
+
+    def _take_reply(self, reply: FromReceiver) -> None:
         outgoing = self._outgoing.get(reply.transfer_id)
         if outgoing is None or outgoing.ticket.epoch != reply.epoch:
             return
@@ -309,12 +321,21 @@ class KvSender:
 
     def _tell(self, ticket: Ticket, message: FromSender) -> None:
         for target in ticket.endpoints:
-            # A target whose address is no good hears nothing, and its lease runs out.
-            with contextlib.suppress(TransferFailed):
-                self._send(target, message)
+            self._send(target, message)
+        self._flush()
 
     def _send(self, target: RankEndpoint, message: FromSender) -> None:
-        self._transport.send(target, seal(message))
+        """Put it with what else this turn has for that target."""
+        _, messages = self._outbox.setdefault((target.address, target.segment), (target, []))
+        messages.append(message)
+
+    def _flush(self) -> None:
+        outbox, self._outbox = self._outbox, {}
+        for target, messages in outbox.values():
+            # A target whose address is no good hears nothing, and its lease runs out.
+            with contextlib.suppress(TransferFailed):
+                for parcel in seal_all(messages):
+                    self._transport.send(target, parcel)
 
     def _progress(self, outgoing: Outgoing) -> None:
         outgoing.rests_until = now = self._clock()

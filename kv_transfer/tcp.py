@@ -91,6 +91,9 @@ class TcpSender:
     def place(self, target: RankEndpoint, offset: int, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8)
 
+    def reaches(self, target: RankEndpoint) -> bool:
+        return False
+
     def way(self, target: RankEndpoint) -> Transport:
         return "tcp"
 

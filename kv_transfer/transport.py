@@ -43,6 +43,9 @@ class SenderTransport(Protocol):
         that place.
         """
 
+    def reaches(self, target: RankEndpoint) -> bool:
+        """Whether what is packed is at the target by that: frames bring no payloads along."""
+
     def way(self, target: RankEndpoint) -> Transport:
         """What carries payloads to `target` now."""
 

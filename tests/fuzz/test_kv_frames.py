@@ -75,11 +75,20 @@ class Attacked:
         assert_same(self.pair.target_caches[0], expected)
 
 
-def resealed(tree: Any) -> bytes:
+def resealed(*trees: Any) -> bytes:
+    """Messages of these trees, that travel together."""
+    return sealed(packed(["KvTogether", [packed(tree) for tree in trees]]))
+
+
+def packed(tree: Any) -> bytes:
     try:
         data: bytes = msgpack.packb(tree, unicode_errors="surrogatepass")
     except (OverflowError, ValueError):
         data = b"\xc1"
+    return data
+
+
+def sealed(data: bytes) -> bytes:
     return data + hashlib.blake2b(data, digest_size=SEAL_BYTES).digest()
 
 
@@ -89,7 +98,10 @@ def spoilt(draw: st.DrawFn, sent: list[Any]) -> tuple[str, str, bytes, bytes | N
     address, origin, header, *rest = draw(st.sampled_from(sent)).args
     payload = rest[0] if rest else None
     if draw(st.booleans()):
-        header = resealed(draw(changed([msgpack.unpackb(header[:-SEAL_BYTES])])))
+        together = msgpack.unpackb(header[:-SEAL_BYTES])
+        trees = [msgpack.unpackb(message) for message in together[1]]
+        within = resealed(*(draw(changed([tree])) for tree in trees))
+        header = draw(st.sampled_from([within, sealed(packed(draw(changed([together]))))]))
     elif draw(st.booleans()):
         header = draw(mutated([header]))
     if draw(st.booleans()):
@@ -137,9 +149,9 @@ def test_wrong_frames_ahead_of_right_ones(change: dict[str, Any], shared_staging
     honest = attacked.pair.network.post
 
     def post(address: str, origin: str, header: bytes, payload: bytes | None = None) -> None:
-        message = unseal(header)
-        if isinstance(message, KvFrame):
-            honest(address, origin, seal(replace(message, **change)), payload)
+        for message in unseal(header):
+            if isinstance(message, KvFrame):
+                honest(address, origin, seal(replace(message, **change)), payload)
         honest(address, origin, header, payload)
 
     finish(attacked, post)

@@ -137,6 +137,6 @@ def check(said: Said) -> set[tuple[int, int]]:
 
 def read(message: bytes) -> object:
     try:
-        return unseal(message)
+        return unseal(message)[0]
     except ProtocolError:
         return None

@@ -264,7 +264,7 @@ def test_a_frame_leaves_while_the_next_one_is_packed(monkeypatch: pytest.MonkeyP
             return None if moves[-1] is self else self._move.total()
 
     def note(target: RankEndpoint, header: bytes, *payload: Any) -> None:
-        if isinstance(unseal(header), KvFrame):
+        if isinstance(unseal(header)[0], KvFrame):
             order.append("sent")
         send(target, header, *payload)
 
@@ -549,7 +549,7 @@ def test_a_hand_off_from_another_rank_is_refused() -> None:
 def messages_to_target(pair: Pair) -> list[object]:
     """Those that are on their way."""
     parcels = pair.network.collect("target/0", 100)
-    return [unseal(parcel.header) for parcel in parcels]
+    return [message for parcel in parcels for message in unseal(parcel.header)]
 
 
 def test_all_of_a_small_prompt_is_one_message() -> None:
