@@ -32,13 +32,16 @@ SHAPES = {
 }
 TOKENS = {"128": 128, "2k": 2048, "8k": 8192, "32k": 32768}
 STAGING = {"cuda_ipc": 1 << 30, "nccl": 2 << 30, "shm": 256 << 20}  # of which a transfer gets a quarter
+AT_ONCE = {"64 x 16": (64, 16), "64 x 128": (64, 128), "8 x 1k": (8, 1024)}
 REPEATS = 20
 STORE = "tcp://127.0.0.1:29571"
 
 
 def main() -> None:
+    for shape, layout in SHAPES.items():
+        measure_many(shape, layout, f"cuda:{torch.cuda.device_count() - 1}")
     if torch.cuda.device_count() < 2:
-        raise SystemExit("this benchmark needs two GPUs")
+        raise SystemExit("prompts of their own need two GPUs")
     sizes = [layout.bytes_per_token * tokens for layout in SHAPES.values() for tokens in TOKENS.values()]
     whole = Peer("nccl", dict(zip(sizes, nccl_seconds(sizes, 0), strict=True)))
     capped = Peer(f"nccl, {CHANNELS} channels", dict(zip(sizes, nccl_seconds(sizes, CHANNELS), strict=True)))
@@ -72,6 +75,16 @@ def measure(way: KvWay, shape: str, layout: KvLayout, of_time: Peer, of_rate: Pe
                     Row("kv", case, "throughput", "GB/s", Figure.of(rates), of_rate.name, peer_gb, "higher"),
                 ]
             )
+
+
+def measure_many(shape: str, layout: KvLayout, source: str) -> None:
+    most = max(prompts * tokens for prompts, tokens in AT_ONCE.values())
+    with kv_pair(layout, most, "cuda_ipc", STAGING["cuda_ipc"], source, "cuda:0") as pair:
+        for name, (prompts, tokens) in AT_ONCE.items():
+            many = [pair.seconds(tokens, prompts) * 1e3 for _ in range(REPEATS + 3)][3:]
+            one = [pair.seconds(prompts * tokens) * 1e3 for _ in range(REPEATS + 3)][3:]
+            case, peer = f"{shape} {name}, cuda_ipc", f"one of {prompts * tokens} tokens"
+            write([Row("kv", case, "hand-off", "ms", Figure.of(many), peer, median(one), "lower")])
 
 
 def pinned_seconds(size: int) -> float:

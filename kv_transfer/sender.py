@@ -54,7 +54,7 @@ class KvSender:
         self._outgoing: dict[str, Outgoing] = {}
         self._stopping: list[tuple[Outgoing, str]] = []
         self._outbox: dict[tuple[str, str], tuple[RankEndpoint, list[FromSender]]] = {}
-        self._may_pack = 0
+        self._may_pack = MOST_PACKED
         self._events: list[SenderEvent] = []
         self.traffic = Traffic()
         self.rejected = 0
@@ -66,8 +66,9 @@ class KvSender:
 
     @property
     def busy(self) -> bool:
-        """Whether a device computes or packs KV for a transfer, as `pump` last saw it."""
-        return bool(self._stopping) or any(outgoing.is_under_way for outgoing in self._outgoing.values())
+        """Whether a device computes or packs KV for a transfer, as `pump` last saw it, or more is left than it packs."""
+        under_way = any(outgoing.is_under_way for outgoing in self._outgoing.values())
+        return under_way or bool(self._stopping) or not self._may_pack
 
     @property
     def active(self) -> tuple[str, ...]:
