@@ -9,7 +9,7 @@ dataclasses.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from operator import attrgetter
@@ -20,6 +20,7 @@ import msgpack
 from splitserve.cluster.errors import ProtocolError
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+ARRAY_32, JOIN_BYTES = b"\xdd", 5  # MessagePack's mark of an array, with which and the number of its items it begins
 
 T = TypeVar("T")
 Check = Callable[[Any], Any]
@@ -47,8 +48,22 @@ def pack(item: object) -> bytes:
     return data
 
 
+def join(packed: Sequence[bytes]) -> bytes:
+    """Messages that `pack` has encoded, as one array for `unpack_all`: JOIN_BYTES more than they have."""
+    return b"".join((ARRAY_32, len(packed).to_bytes(4, "big"), *packed))
+
+
 def unpack(data: bytes | memoryview) -> Any:
     """Decode and check one message. Raises ProtocolError for anything that is not exactly one valid message."""
+    return _checked(data, _decode)
+
+
+def unpack_all(data: bytes | memoryview) -> list[Any]:
+    """Decode and check messages that were joined. Raises ProtocolError unless all of them are valid."""
+    return _checked(data, _decode_all)
+
+
+def _checked(data: bytes | memoryview, decode: Callable[[Any], T]) -> T:
     if len(data) > MAX_MESSAGE_BYTES:
         raise ProtocolError(f"message of {len(data)} bytes exceeds {MAX_MESSAGE_BYTES}")
     try:
@@ -56,7 +71,7 @@ def unpack(data: bytes | memoryview) -> Any:
     except Exception as error:  # msgpack raises a dozen unrelated types on malformed input
         raise ProtocolError(f"not MessagePack: {error}") from error
     try:
-        return _decode(raw)
+        return decode(raw)
     except (TypeError, ValueError, RecursionError) as error:
         raise ProtocolError(str(error)) from error
 
@@ -78,6 +93,12 @@ def _decode(raw: Any, expected: type | None = None) -> Any:
     if len(raw) != len(_field_names[cls]) + 1:
         raise TypeError(f"{cls.__name__}: {len(raw) - 1} fields, expected {len(_field_names[cls])}")
     return build(raw)
+
+
+def _decode_all(raw: Any) -> list[Any]:
+    if type(raw) is not list:
+        raise TypeError(f"expected an array of messages, found {type(raw).__name__}")
+    return [_decode(each) for each in raw]
 
 
 def _compile(cls: type) -> Callable[[list[Any]], Any]:

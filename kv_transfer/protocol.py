@@ -20,14 +20,14 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from splitserve.cluster.codec import message, pack, unpack
+from splitserve.cluster.codec import JOIN_BYTES, join, message, pack, unpack_all
 from splitserve.cluster.errors import ProtocolError
 from splitserve.cluster.layout import KvLayout
 from splitserve.cluster.messages import HandOff
 
 MAX_HEADER_BYTES = 16 * 1024
 SEAL_BYTES = 8
-PACKED_BYTES, BYTES_BEFORE = MAX_HEADER_BYTES - 64, 5  # of messages that travel together, and at most before each
+MOST_TOGETHER = MAX_HEADER_BYTES - SEAL_BYTES - JOIN_BYTES  # of messages in a parcel
 HAND_OFF_SEQUENCE = 0
 
 
@@ -180,12 +180,6 @@ ReceiverEvent = Verified | ReceiveFailed | Freed
 SenderEvent = Sent | SendFailed
 
 
-@message
-@dataclass(frozen=True)
-class KvTogether:
-    packed: tuple[bytes, ...]
-
-
 def seal(*messages: object) -> bytes:
     return _sealed([pack(each) for each in messages])
 
@@ -195,11 +189,11 @@ def seal_all(messages: Iterable[object]) -> Iterator[bytes]:
     packed: list[bytes] = []
     size = 0
     for data in map(pack, messages):
-        if packed and size + len(data) > PACKED_BYTES:
+        if packed and size + len(data) > MOST_TOGETHER:
             yield _sealed(packed)
             packed, size = [], 0
         packed.append(data)
-        size += len(data) + BYTES_BEFORE
+        size += len(data)
     yield _sealed(packed)
 
 
@@ -210,14 +204,11 @@ def unseal(sealed: bytes | memoryview) -> list[object]:
     data = bytes(sealed[:-SEAL_BYTES])
     if _digest(data) != sealed[-SEAL_BYTES:]:
         raise ProtocolError("header does not match its seal")
-    together = unpack(data)
-    if not isinstance(together, KvTogether):
-        raise ProtocolError(f"header: found a {type(together).__name__}")
-    return [unpack(each) for each in together.packed]
+    return unpack_all(data)
 
 
 def _sealed(packed: Sequence[bytes]) -> bytes:
-    data = pack(KvTogether(tuple(packed)))
+    data = join(packed)
     return data + _digest(data)
 
 

@@ -146,15 +146,16 @@ class KvReceiver:
 
     def _receive(self, limit: int) -> int:
         """Take up to `limit` messages. Returns how many there were."""
-        taken = 0
-        while taken < limit and (self._arrived or self._unpack_arrivals(limit - taken)):
-            self._take(*self._arrived.popleft())
-            taken += 1
+        if limit > len(self._arrived):
+            self._unpack_arrivals(limit - len(self._arrived))
+        taken = [self._arrived.popleft() for _ in range(min(limit, len(self._arrived)))]
+        for arrival, message in taken:
+            self._take(arrival, message)
         self._mover.launch()
-        return taken
+        return len(taken)
 
-    def _unpack_arrivals(self, limit: int) -> bool:
-        """Look for up to `limit` parcels. Returns whether messages have come."""
+    def _unpack_arrivals(self, limit: int) -> None:
+        """Look for up to `limit` parcels."""
         for arrival in self._transport.receive(limit):
             try:
                 messages = unseal(arrival.header)
@@ -166,7 +167,6 @@ class KvReceiver:
                     self._arrived.append((arrival, message))
                 else:
                     self.rejected += 1
-        return bool(self._arrived)
 
     def _take(self, arrival: Arrival, message: FromSender) -> None:
         reception = self._receptions.get(message.transfer_id)

@@ -66,7 +66,7 @@ class KvSender:
 
     @property
     def busy(self) -> bool:
-        """Whether a device computes or packs KV for a transfer, as `pump` last saw it, or more is left than it packs."""
+        """Whether a device computes or packs KV, as `pump` last saw it, or more is left than it packs in a turn."""
         under_way = any(outgoing.is_under_way for outgoing in self._outgoing.values())
         return under_way or bool(self._stopping) or not self._may_pack
 

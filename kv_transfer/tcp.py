@@ -153,7 +153,7 @@ def _socket(kind: int, keys: CurveKeys | None, *, server: bool) -> Socket:
 
 def _has_news(socket: Socket) -> bool:
     """Half the price of a `recv` that fails, in loops that mostly find nothing."""
-    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & int(zmq.POLLIN))
 
 
 def _send(socket: Socket, parts: list[Any]) -> None:

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from splitserve.cluster.codec import join
 from splitserve.kv_transfer.memory import MemoryReceiver
 from splitserve.kv_transfer.protocol import SEAL_BYTES, KvFrame, ReceiveFailed, ReceiverEvent, Verified, seal, unseal
 from splitserve.kv_transfer.staging import Window
@@ -77,7 +78,7 @@ class Attacked:
 
 def resealed(*trees: Any) -> bytes:
     """Messages of these trees, that travel together."""
-    return sealed(packed(["KvTogether", [packed(tree) for tree in trees]]))
+    return sealed(join([packed(tree) for tree in trees]))
 
 
 def packed(tree: Any) -> bytes:
@@ -99,8 +100,7 @@ def spoilt(draw: st.DrawFn, sent: list[Any]) -> tuple[str, str, bytes, bytes | N
     payload = rest[0] if rest else None
     if draw(st.booleans()):
         together = msgpack.unpackb(header[:-SEAL_BYTES])
-        trees = [msgpack.unpackb(message) for message in together[1]]
-        within = resealed(*(draw(changed([tree])) for tree in trees))
+        within = resealed(*(draw(changed([tree])) for tree in together))
         header = draw(st.sampled_from([within, sealed(packed(draw(changed([together]))))]))
     elif draw(st.booleans()):
         header = draw(mutated([header]))

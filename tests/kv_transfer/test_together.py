@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 
 import pytest
 
+from splitserve.cluster.codec import join, pack
+from splitserve.cluster.errors import ProtocolError
 from splitserve.kv_transfer import sender as sending
 from splitserve.kv_transfer.memory import Faults
 from splitserve.kv_transfer.protocol import (
     MAX_HEADER_BYTES,
+    SEAL_BYTES,
     KvAck,
     KvDrained,
     KvFinish,
@@ -150,3 +154,10 @@ def test_parcels_hold_what_a_header_may() -> None:
     parcels = list(seal_all(small))
     assert [message for parcel in parcels for message in unseal(parcel)] == small
     assert max(map(len, parcels)) <= MAX_HEADER_BYTES
+
+
+@pytest.mark.parametrize("parcel", [pack(KvAck("r/0", 1, 1, hand_off=True)), join([b"\x01"]), join([b""]), b"\xc0"])
+def test_what_is_no_array_of_messages_is_refused(parcel: bytes) -> None:
+    seal_of_it = hashlib.blake2b(parcel, digest_size=SEAL_BYTES).digest()
+    with pytest.raises(ProtocolError, match=r"expected a message|expected an array|not MessagePack"):
+        unseal(parcel + seal_of_it)
