@@ -1,7 +1,7 @@
 # The commands that people and CI share. `make demo` and `make test` set everything up by themselves.
 .PHONY: setup check test demo docs bench chaos fuzz gpu-test gpu-bench proto
 SHELL := /bin/bash
-export MKL_CBWR := AVX2
+export MKL_CBWR := AVX2,STRICT
 BIN := .venv/bin
 MODEL ?= smollm2
 DEMO_smollm2 := deploy/topologies/cpu-demo.yaml

@@ -305,7 +305,7 @@ def environment(topology: Topology, unit: Unit, host_cpus: int) -> dict[str, str
     return {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
-        "MKL_CBWR": "AVX2",
+        "MKL_CBWR": "AVX2,STRICT",
         "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
         "TOKENIZERS_PARALLELISM": "false",
         **ALLOCATOR,

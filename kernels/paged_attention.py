@@ -2,7 +2,7 @@
 
 A query's bits depend on its own vector and its own context alone: not on its neighbours, the chunk it came in, the
 page size or the padding. Positions are cut into tiles of 64, always at multiples of 64; every product is a GEMM of at
-least 4 rows, whose rows do not touch each other (on a CPU with MKL_CBWR=AVX2); the maximum over all tiles comes
+least 4 rows, whose rows do not touch each other (on a CPU with MKL_CBWR=AVX2,STRICT); the maximum over all tiles comes
 first, and the tiles' sums are added one by one in the order of positions.
 
 Work is laid out as items, one per (block of queries, tile of keys), without padding to the longest sequence:

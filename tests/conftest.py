@@ -4,7 +4,7 @@ import os
 import shutil
 
 # Before torch loads, as in every worker: bits must not depend on neighbours. Tiny models gain nothing from threads.
-os.environ["MKL_CBWR"] = "AVX2"
+os.environ["MKL_CBWR"] = "AVX2,STRICT"
 os.environ["OMP_NUM_THREADS"] = "1"
 if shutil.which("nvidia-smi") is None:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton loads: kernels run on the CPU, slowly

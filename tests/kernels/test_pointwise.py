@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 
 import pytest
@@ -90,8 +89,6 @@ def test_write_kv_reaches_its_slots_alone() -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("width", [40, 64, 576])
 def test_rows_do_not_depend_on_their_neighbours(threads: int, width: int) -> None:
-    if "MKL_CBWR" not in os.environ:
-        pytest.fail("set MKL_CBWR=AVX2 before torch loads, as `make test` does: rows are not independent without it")
     x, weight = random(0, 1000, 2 * width) * 3, random(1, 2 * width)
     rope = RopeTable(RopeConfig(), width, 1000, CPU)
     row_functions: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [
