@@ -10,6 +10,7 @@ import torch
 
 from splitserve.cluster.rank_spec import RankSpec
 from splitserve.cluster.topology_sections import DEFAULT_CHUNK_TOKENS
+from splitserve.deploy.cpu_check import check_cpu
 from splitserve.deploy.gpu_check import check_gpu
 from splitserve.engine.kv_cache import KvCache, pages_for_budget
 from splitserve.engine.runner import ModelRunner
@@ -34,6 +35,8 @@ class LoadedModel:
         """The model over the KV pages that the pool of `spec`'s role asks for."""
         pool, device = spec.topology.pool(spec.role), torch.device(spec.device)
         layout = self.config.kv_layout(spec.tp, pool.page_size, spec.topology.model.dtype)
+        if device.type == "cpu":
+            check_cpu(layout.head_dim)
         cache = KvCache(layout, pages_for_budget(layout, pool.kv_memory), device)
         prefills = device.type == "cuda" and spec.role != "decode" and supports_model(self.config)
         chunk_tokens = pool.chunk_tokens or DEFAULT_CHUNK_TOKENS

@@ -11,6 +11,7 @@ import torch
 from splitserve.cluster.errors import StartupError
 from splitserve.cluster.rank_spec import RankSpec
 from splitserve.cluster.topology import Topology
+from splitserve.deploy.cpu_check import check_cpu
 from splitserve.deploy.gpu_check import check_gpu
 from splitserve.deploy.preflight import check_runnable
 from splitserve.models.config import ModelConfig
@@ -94,3 +95,24 @@ def test_a_gpu_without_room(monkeypatch: pytest.MonkeyPatch, smollm2: ModelConfi
         check_gpu(rank("40GiB"), smollm2)
     with pytest.raises(StartupError, match=r"a share of 18\.6 GiB"):
         check_gpu(rank("20GiB", 0.25), smollm2)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 576])
+def test_this_processor_keeps_rows_apart(head_dim: int, caplog: pytest.LogCaptureFixture) -> None:
+    check_cpu(head_dim)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("rows", [8, 32])
+def test_a_processor_that_does_not_is_told_of(
+    rows: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    product = torch.bmm
+
+    def other_path(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        found = product(left, right)
+        return found * (1 + 2**-22) if left.shape[1] == rows else found
+
+    monkeypatch.setattr(torch, "bmm", other_path)
+    check_cpu(64)
+    assert "a float32 row's bits depend on its neighbours" in caplog.text

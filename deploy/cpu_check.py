@@ -1,0 +1,46 @@
+"""Whether a rank's processor keeps the rows of a product apart, as same tokens for the same request need it.
+
+MKL does not promise that.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from splitserve.kernels.paged_attention import MIN_GEMM_ROWS, TILE
+
+log = logging.getLogger(__name__)
+
+ROWS = (
+    MIN_GEMM_ROWS,
+    6,
+    8,
+    12,
+    16,
+    24,
+    32,
+    48,
+)  # where it does not hold, MKL takes other paths for 8 and 32 than for 64
+
+
+def check_cpu(head_dim: int) -> None:
+    """Warn where rows of attention's products over heads of `head_dim` have other bits beside other rows."""
+    if not rows_are_independent(head_dim):
+        log.warning(
+            "on this processor a float32 row's bits depend on its neighbours, so that the same request may get other "
+            "tokens beside other requests; on Intel's and AMD's with AVX2 they do not"
+        )
+
+
+def rows_are_independent(head_dim: int) -> bool:
+    """Whether rows of queries x keys and of weights x values are the same to the bit, however many there are."""
+    dice = torch.Generator().manual_seed(0)
+    queries, weights = (torch.randn(1, TILE, width, generator=dice) for width in (head_dim, TILE))
+    keys = torch.randn(1, TILE, head_dim, generator=dice)
+    for rows, columns in ((queries, keys.transpose(1, 2)), (weights, keys)):
+        whole = torch.bmm(rows, columns)
+        if not all(torch.equal(torch.bmm(rows[:, :few], columns), whole[:, :few]) for few in ROWS):
+            return False
+    return True
