@@ -9,10 +9,11 @@ import logging
 
 import torch
 
-from splitserve.kernels.paged_attention import MIN_GEMM_ROWS, TILE
+from splitserve.kernels.paged_attention import MIN_GEMM_COLUMNS, MIN_GEMM_ROWS, TILE
 
 log = logging.getLogger(__name__)
 
+MOST_ROWS = 8 * TILE  # a tile of queries by 8 heads that share keys
 ROWS = (
     MIN_GEMM_ROWS,
     6,
@@ -22,7 +23,10 @@ ROWS = (
     24,
     32,
     48,
-)  # where it does not hold, MKL takes other paths for 8 and 32 than for 64
+    64,
+    128,
+    256,
+)  # where rows do not stay apart, 8 and 32 are the odd ones
 
 
 def check_cpu(head_dim: int) -> None:
@@ -37,9 +41,10 @@ def check_cpu(head_dim: int) -> None:
 def rows_are_independent(head_dim: int) -> bool:
     """Whether rows of queries x keys and of weights x values are the same to the bit, however many there are."""
     dice = torch.Generator().manual_seed(0)
-    queries, weights = (torch.randn(1, TILE, width, generator=dice) for width in (head_dim, TILE))
-    keys = torch.randn(1, TILE, head_dim, generator=dice)
-    for rows, columns in ((queries, keys.transpose(1, 2)), (weights, keys)):
+    queries, keys = (torch.randn(1, rows, head_dim, generator=dice) for rows in (MOST_ROWS, TILE))
+    weights = torch.randn(1, MOST_ROWS, TILE, generator=dice)
+    values = torch.randn(1, TILE, max(head_dim, MIN_GEMM_COLUMNS), generator=dice)
+    for rows, columns in ((queries, keys.transpose(1, 2)), (weights, values)):
         whole = torch.bmm(rows, columns)
         if not all(torch.equal(torch.bmm(rows[:, :few], columns), whole[:, :few]) for few in ROWS):
             return False
