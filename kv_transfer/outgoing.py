@@ -71,7 +71,7 @@ class Lane:
 
     @property
     def is_cut(self) -> bool:
-        return all(token >= self.piece.stop_token for token in self.cut)
+        return min(self.cut) >= self.piece.stop_token
 
     def take(self, ready: Sequence[int]) -> Region | None:
         """Cut the next region, when a slot is free and something is ready."""

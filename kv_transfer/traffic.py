@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Literal
 
@@ -15,11 +15,11 @@ class Traffic:
     """Counts what happens to transfers; `ended` counts those that are over, however they ended."""
 
     def __init__(self) -> None:
-        self._counts: dict[Transport, Counter[str]] = {}
+        self._counts: defaultdict[Transport, Counter[str]] = defaultdict(Counter)
         self.ended = 0
 
     def count(self, transport: Transport, event: Event, amount: int = 1) -> None:
-        self._counts.setdefault(transport, Counter())[event] += amount
+        self._counts[transport][event] += amount
         self.ended += event in ("completed", "failed", "cancelled")
 
     def counts(self) -> tuple[TransferCounts, ...]:
