@@ -63,9 +63,8 @@ class SegmentReceiver:
         self._local = LocalPeers(segment.name)
 
     def receive(self, limit: int) -> list[Arrival]:
-        arrivals = self._control.receive(
-            -(-limit // 2)
-        )  # at most: else many senders of this host could shut out others
+        # Half at most, rounded up: else senders of other hosts and of this one could shut out each other.
+        arrivals = self._control.receive(-(-limit // 2))
         return arrivals + [Arrival(peer, header, None) for peer, header in self._local.receive(limit - len(arrivals))]
 
     @property
