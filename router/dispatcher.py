@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from splitserve.cluster.channel import CurveKeys
-from splitserve.cluster.errors import DeadlineExceeded, GivenUp, SplitserveError
+from splitserve.cluster.errors import GivenUp, SplitserveError
 from splitserve.cluster.messages import (
     Busy,
     Cancel,
@@ -37,6 +37,7 @@ from splitserve.cluster.sampling import SamplingParams
 from splitserve.cluster.topology_sections import Router as RouterSettings
 from splitserve.router.admission import Admission
 from splitserve.router.attempt import Attempt, by_attempt
+from splitserve.router.deadline import Deadline
 from splitserve.router.detokenizer import Detokenizer
 from splitserve.router.engines import Engines
 from splitserve.router.fair import Claimant, FairSemaphore
@@ -94,7 +95,7 @@ class Dispatcher:
         self,
         token_ids: list[int],
         params: SamplingParams,
-        deadline_s: float,
+        deadline: Deadline,
         write: Write,
         answered: Sequence[Answered] = (),
         *,
@@ -112,28 +113,27 @@ class Dispatcher:
         cost = len(token_ids) + params.n * tenant.answer_tokens(params.max_tokens)
         claimant = Claimant(tenant.name, priority, cost)
         extra_keys = (cache_salt,) if cache_salt else ()
-        request = self._new_request(token_ids, params, deadline_s, answered, claimant, extra_keys)
+        request = self._new_request(token_ids, params, deadline, answered, claimant, extra_keys)
         with outcome(partial(self._end, request, tenant, traceparent)):
-            summary = await self._answer(request, deadline_s, write, tenant)
+            summary = await self._answer(request, write, tenant)
             self._account(summary)
             return summary
 
-    async def _answer(self, request: Request, deadline_s: float, write: Write, tenant: Tenant) -> Summary:
-        try:
-            admission = self.admission.admit(request.claimant, request.queues)
-            async with asyncio.timeout(deadline_s), admission:
-                first, *others = by_attempt(request.samples) or [[]]
-                if first:
-                    await self._begin(request, first, "new")
-                self._begin_later(request, others, "new")
-                while not request.finished:
-                    chunk = await request.chunk()
-                    tenant.take_tokens(sum(len(delta.token_ids) for delta in chunk.deltas))
-                    await write(chunk)
-            return request.summary()
-        except TimeoutError as error:
-            missing = "" if self.ready else "; not all pools have a worker that is ready"
-            raise DeadlineExceeded(f"{deadline_s:.3g} s passed while {request.stage}{missing}") from error
+    async def _answer(self, request: Request, write: Write, tenant: Tenant) -> Summary:
+        def stage() -> str:
+            return request.stage if self.ready else f"{request.stage}; not all pools have a worker that is ready"
+
+        admission = self.admission.admit(request.claimant, request.queues)
+        async with request.deadline.bounds(stage), admission:
+            first, *others = by_attempt(request.samples) or [[]]
+            if first:
+                await self._begin(request, first, "new")
+            self._begin_later(request, others, "new")
+            while not request.finished:
+                chunk = await request.chunk()
+                tenant.take_tokens(sum(len(delta.token_ids) for delta in chunk.deltas))
+                await write(chunk)
+        return request.summary()
 
     def _end(self, request: Request, tenant: Tenant, traceparent: str | None, code: str) -> None:
         self._forget(request)
@@ -161,7 +161,7 @@ class Dispatcher:
         self,
         token_ids: list[int],
         params: SamplingParams,
-        deadline_s: float,
+        deadline: Deadline,
         answered: Sequence[Answered],
         claimant: Claimant,
         extra_keys: tuple[str, ...],
@@ -171,7 +171,7 @@ class Dispatcher:
             request_id,
             token_ids,
             params,
-            deadline_s,
+            deadline,
             Timeline(self.metrics, goes_on=any(sample.token_ids for sample in answered)),
             self._new_detokenizer,
             self._on_stop_string,
@@ -228,7 +228,7 @@ class Dispatcher:
         Raises what either failed with.
         """
         prefill, decode = attempt.placement
-        self.engines.place(decode, attempt.reserve(self.engines.layout(prefill), request.remaining_s), lacking)
+        self.engines.place(decode, attempt.reserve(self.engines.layout(prefill), request.deadline.remaining_s), lacking)
         if early:
             self._prefill(request, attempt)
         reply = await attempt.reply
@@ -244,7 +244,7 @@ class Dispatcher:
 
     def _prefill(self, request: Request, attempt: Attempt) -> None:
         self._placer.note(attempt.placement)
-        self.engines.place(attempt.placement.prefill, attempt.prefill(request.remaining_s), attempt.to_compute)
+        self.engines.place(attempt.placement.prefill, attempt.prefill(request.deadline.remaining_s), attempt.to_compute)
 
     def _cancel(self, attempt: Attempt, sample: int | None = None) -> None:
         for engine in set(attempt.placement):

@@ -15,13 +15,14 @@ from splitserve.cluster.messages import TokenLogprobs
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.router.chat_template import Conversation
 from splitserve.router.constraint import Constraint
+from splitserve.router.deadline import Deadline
 from splitserve.router.dispatcher import Dispatcher
 from splitserve.router.metrics import outcome
 from splitserve.router.output_buffer import Answered, Delta
 from splitserve.router.request import Chunk, Summary
 from splitserve.router.tenants import Tenant, Tenants
 from splitserve.router.v1 import splitserve_pb2 as pb
-from splitserve.router.validate import Validator, checked_within
+from splitserve.router.validate import Validator
 
 SERVICE: str = pb.DESCRIPTOR.services_by_name["SplitServe"].full_name
 TRACEPARENT = "traceparent"  # W3C's header, as metadata
@@ -96,9 +97,10 @@ class SplitServe:
     async def _stream(
         self, token_ids: list[int], request: pb.GenerateRequest | pb.ChatRequest, context: Context
     ) -> None:
+        deadline = self._deadline(context)
         params, answered = _sampling_params(request.sampling), [_answered(sample) for sample in request.answered]
         if constraint := _constraint(request.sampling):
-            async with checked_within(self._deadline_s(context)):
+            async with deadline.bounds():
                 params = await self._validator.constrain(params, constraint)
         self._validator.check_params(token_ids, params)
         self._validator.check_answered(answered, token_ids, params)
@@ -109,7 +111,7 @@ class SplitServe:
         serve = partial(self._dispatcher.serve, priority=request.priority, traceparent=_traceparent(context))
         serve = partial(serve, cache_salt=self._validator.cache_salt(request.cache_salt))
         with (tenant := self._tenant(context)).request(len(token_ids), params.n):
-            summary = await serve(token_ids, params, self._deadline_s(context), write, answered, tenant=tenant)
+            summary = await serve(token_ids, params, deadline, write, answered, tenant=tenant)
         await context.write(pb.GenerateResponse(request_id=summary.request_id, summary=_summary(summary)))
 
     async def _tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
@@ -159,9 +161,9 @@ class SplitServe:
 
         return handle
 
-    def _deadline_s(self, context: Context) -> float:
+    def _deadline(self, context: Context) -> Deadline:
         remaining_s = context.time_remaining()
-        return self._default_deadline_s if remaining_s is None or math.isinf(remaining_s) else remaining_s
+        return Deadline(self._default_deadline_s if remaining_s is None or math.isinf(remaining_s) else remaining_s)
 
     def _tenant(self, context: Context) -> Tenant:
         authorization = dict(context.invocation_metadata() or ()).get("authorization")

@@ -19,6 +19,7 @@ from starlette.routing import Route
 from splitserve.cluster.errors import InvalidRequest, SplitserveError, WorkerUnavailable
 from splitserve.cluster.topology_sections import Role
 from splitserve.router import openai_requests, status_page
+from splitserve.router.deadline import Deadline
 from splitserve.router.dispatcher import Dispatcher
 from splitserve.router.http_body import read_json
 from splitserve.router.http_errors import json_response, on_fault, on_http_exception, on_splitserve_error
@@ -29,7 +30,7 @@ from splitserve.router.openai_responses import Answer, ChatAnswer, CompletionAns
 from splitserve.router.request import Chunk, Summary
 from splitserve.router.tenants import Tenant, Tenants
 from splitserve.router.v1 import splitserve_pb2 as pb
-from splitserve.router.validate import Validator, checked_within
+from splitserve.router.validate import Validator
 
 DEADLINE = "x-request-timeout"  # header: a request's deadline in seconds
 MAX_DEADLINE_S = 86400.0
@@ -103,15 +104,15 @@ class HttpApi:
         return await self._answer(request, openai_requests.chat, ChatAnswer)
 
     async def _answer(self, request: Request, check: Check, answer_type: type[Answer]) -> Response:
-        body, deadline_s, began = await read_json(request), self._deadline_s(request), time.monotonic()
+        body, deadline = await read_json(request), self._deadline(request)
         checking = check(body, self._validator)
         if CONSTRAINTS & body.keys():
-            async with checked_within(deadline_s):
+            async with deadline.bounds():
                 call = await unless_client_leaves(request.receive, checking)
         else:
             call = await checking
         answer = answer_type(call, self._validator)
-        serve = partial(self._serve, call, request, deadline_s - (time.monotonic() - began))
+        serve = partial(self._serve, call, request, deadline)
         if call.stream:
             return EventStream(partial(_stream, answer, serve))
 
@@ -120,21 +121,23 @@ class HttpApi:
 
         return json_response(answer.whole(await serve(gather)))
 
-    async def _serve(self, call: Call, request: Request, deadline_s: float, write: WriteChunk) -> list[Summary]:
+    async def _serve(self, call: Call, request: Request, deadline: Deadline, write: WriteChunk) -> list[Summary]:
         """Serve a call's prompts side by side. All end when one fails or when the client leaves."""
         tenant: Tenant = request.state.tenant
         prompt_tokens = sum(len(prompt.token_ids) for prompt in call.prompts)
         with tenant.request(prompt_tokens, sum(prompt.params.n for prompt in call.prompts)):
-            return await self._serve_prompts(call, request, deadline_s, write)
+            return await self._serve_prompts(call, request, deadline, write)
 
-    async def _serve_prompts(self, call: Call, request: Request, deadline_s: float, write: WriteChunk) -> list[Summary]:
+    async def _serve_prompts(
+        self, call: Call, request: Request, deadline: Deadline, write: WriteChunk
+    ) -> list[Summary]:
         try:
             async with asyncio.TaskGroup() as group:
                 watching = group.create_task(until_client_leaves(request.receive))
                 serve = partial(self._dispatcher.serve, tenant=request.state.tenant, priority=call.priority)
                 serve = partial(serve, cache_salt=call.cache_salt, traceparent=request.headers.get("traceparent"))
                 serving = [
-                    group.create_task(serve(prompt.token_ids, prompt.params, deadline_s, partial(write, index)))
+                    group.create_task(serve(prompt.token_ids, prompt.params, deadline, partial(write, index)))
                     for index, prompt in enumerate(call.prompts)
                 ]
                 summaries = [await task for task in serving]
@@ -145,13 +148,13 @@ class HttpApi:
         except asyncio.CancelledError:
             raise WorkerUnavailable("this router is going down; send the request again") from None
 
-    def _deadline_s(self, request: Request) -> float:
+    def _deadline(self, request: Request) -> Deadline:
         text = request.headers.get(DEADLINE)
         if text is None:
-            return self._default_deadline_s
+            return Deadline(self._default_deadline_s)
         with contextlib.suppress(ValueError):
             if 0 < (deadline_s := float(text)) <= MAX_DEADLINE_S:
-                return deadline_s
+                return Deadline(deadline_s)
         raise InvalidRequest(DEADLINE, text, f"give seconds, above 0 to {MAX_DEADLINE_S:g}")
 
     async def _models(self, request: Request) -> Response:

@@ -56,7 +56,7 @@ class Placer:
         """What would have its first token too late is better told at once. What goes on from earlier is not refused."""
         if request.placement.decode or request.goes_on:
             return
-        limit_s = min(request.remaining_s, (self._slo.ttft_s or math.inf) - request.waited_s)
+        limit_s = min(request.deadline.remaining_s, (self._slo.ttft_s or math.inf) - request.waited_s)
         if late_s := lateness(prefill, ttft_s, limit_s):
             raise Overloaded(f"the first token is predicted {late_s:.1f} s too late", late_s)
 

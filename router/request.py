@@ -14,6 +14,7 @@ from splitserve.cluster.errors import SplitserveError
 from splitserve.cluster.messages import Busy, Cached, Failed, FirstToken, Granted, Joined, SampleToken, TokenLogprobs
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.router.attempt import Attempt
+from splitserve.router.deadline import Deadline
 from splitserve.router.detokenizer import Detokenizer
 from splitserve.router.fair import Claimant
 from splitserve.router.output_buffer import Answered, Delta, OutputBuffer, SampleOutput
@@ -63,7 +64,7 @@ class Request:
         request_id: str,
         token_ids: list[int],
         params: SamplingParams,
-        deadline_s: float,
+        deadline: Deadline,
         timeline: Timeline,
         new_detokenizer: Callable[[], Detokenizer],
         on_stop_string: Callable[[str, int], None],
@@ -73,11 +74,10 @@ class Request:
     ) -> None:
         self.id, self.claimant, self.extra_keys = request_id, claimant, extra_keys
         self.placement = Placement()  # of its latest attempt
-        self.timeline = timeline
+        self.deadline, self.timeline = deadline, timeline
         self.broken: set[Placement] = set()  # pairs of engines between which its KV was lost
         self.tasks: set[asyncio.Task[None]] = set()
         self._token_ids, self._params = token_ids, params
-        self._deadline = time.monotonic() + deadline_s
         self._attempts: dict[int, Attempt] = {}
         self._last_attempt = 0
         self._cached_tokens: int | None = None
@@ -91,11 +91,6 @@ class Request:
         if any(self._known):
             self._cached_tokens = 0  # the client has had the first tokens, and what comes with them
         self._output = OutputBuffer(self.samples, partial(on_stop_string, request_id))
-
-    @property
-    def remaining_s(self) -> float:
-        """Seconds until its deadline."""
-        return max(self._deadline - time.monotonic(), 0.0)
 
     @property
     def waited_s(self) -> float:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from splitserve.cluster.errors import DeadlineExceeded, InvalidRequest, NotFound
+from splitserve.cluster.errors import InvalidRequest, NotFound
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.router.chat_template import Conversation
 from splitserve.router.constraint import Constraint, GrammarChecker
@@ -124,16 +123,6 @@ class Validator:
         """Refuse what no tokenisation could fit into the context, before doing the work."""
         if characters > self.context * self.tokenizer.longest_token:
             raise InvalidRequest(field, f"{characters} characters", f"the context holds {self.context} tokens")
-
-
-@asynccontextmanager
-async def checked_within(deadline_s: float) -> AsyncIterator[None]:
-    """Bounds the checks of a request whose constraint waits for its turn. Raises DeadlineExceeded."""
-    try:
-        async with asyncio.timeout(deadline_s):
-            yield
-    except TimeoutError as error:
-        raise DeadlineExceeded(f"{deadline_s:.3g} s passed while the request was checked") from error
 
 
 async def _off_loop_if_long(encode: Callable[[T], list[int]], text: T, characters: int) -> list[int]:

@@ -21,6 +21,7 @@ from splitserve.cluster.messages import Prefill
 from splitserve.models.grammar import GrammarCompiler
 from splitserve.router.constraint import MAX_CHARACTERS, MOST_WAITING, REMEMBERED, Constraint, GrammarChecker
 from splitserve.router.fake_cluster import FakeCluster
+from splitserve.router.fake_engine import Behaviour
 from splitserve.router.openai_constraints import constraint_of
 from tests.router.routers import MODEL, eventually, model_folder, running_router, tokenizer
 
@@ -269,14 +270,14 @@ def test_both_surfaces_ask_engines_for_the_grammar(monkeypatch: pytest.MonkeyPat
     assert grammars[1] == grammars[5]
 
 
-def slow_checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Makes a check take 30 s; returns those that were begun and, with a - before them, ended early."""
+def slow_checks(monkeypatch: pytest.MonkeyPatch, seconds: float = 30.0) -> list[str]:
+    """Makes a check take its time; returns those that were begun and, with a - before them, ended early."""
     asked: list[str] = []
 
     async def ask(self: GrammarChecker, constraint: Constraint) -> dict[str, str]:
         asked.append(constraint.text)
         try:
-            await asyncio.sleep(30)
+            await asyncio.sleep(seconds)
         finally:
             asked.append(f"-{constraint.text}")
         return {"grammar": constraint.text}
@@ -307,6 +308,24 @@ def test_a_check_ends_with_its_requests_deadline_or_its_client(monkeypatch: pyte
     TOO_LATE = "0.3 s passed while the request was checked"
     asyncio.run(scenario())
     assert asked == ["a", "-a"] * 2 + ["b", "-b"] * 2
+
+
+def test_a_deadline_counts_the_check_and_is_told_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_checks(monkeypatch, seconds=0.4)
+
+    async def scenario(cluster: FakeCluster) -> None:
+        async with running_router(cluster, default_deadline_s=0.6) as (service, client):
+            began = time.monotonic()
+            with pytest.raises(SplitserveClientError, match=r"0\.6 s passed while between"):
+                await client.generate("a", regex="a").result()
+            assert time.monotonic() - began < 0.4 + 0.6
+            async with httpx2.AsyncClient() as http:
+                body = {"prompt": "a", "structured_outputs": {"regex": "b"}}
+                late = await http.post(f"http://{service.http_address}/v1/completions", json=body)
+            assert late.json()["error"]["message"].startswith("0.6 s passed while between")
+
+    with FakeCluster(behaviour=Behaviour(prefill_s=9.0)) as cluster:
+        asyncio.run(scenario(cluster))
 
 
 def test_the_line_of_those_to_be_checked_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:

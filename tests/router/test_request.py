@@ -12,6 +12,7 @@ from splitserve.cluster.messages import Busy, Failed, FirstToken, Granted, Joine
 from splitserve.cluster.sampling import SamplingParams
 from splitserve.router.admission import Admission
 from splitserve.router.attempt import Attempt, by_attempt
+from splitserve.router.deadline import Deadline
 from splitserve.router.detokenizer import Detokenizer, TokenTable
 from splitserve.router.fake_engine import LAYOUT
 from splitserve.router.metrics import RouterMetrics
@@ -39,7 +40,9 @@ def granted(n: int = 1) -> tuple[Request, Attempt]:
     table = TokenTable(byte_level())
     params = SamplingParams(n=n, max_tokens=9, prompt_logprobs=0)
     timeline = Timeline(RouterMetrics(Admission(1, 1), [], lambda: True))
-    request = Request("r", [5, 6], params, 10.0, timeline, lambda: Detokenizer(table), lambda request_id, sample: None)
+    request = Request(
+        "r", [5, 6], params, Deadline(10.0), timeline, lambda: Detokenizer(table), lambda request_id, sample: None
+    )
     attempt = request.attempt(request.samples, PLACEMENT, 1)
     request.accept(Granted("r", 1, TICKET))
     return request, attempt

@@ -14,6 +14,7 @@ from splitserve.client import AsyncClient, SplitserveClientError
 from splitserve.cluster.channel import CurveKeys
 from splitserve.cluster.errors import StartupError
 from splitserve.cluster.sampling import SamplingParams
+from splitserve.router.deadline import Deadline
 from splitserve.router.fair import Claim, Claimant
 from splitserve.router.fake_cluster import FakeCluster
 from splitserve.router.fake_engine import Behaviour
@@ -165,7 +166,9 @@ def test_tokens_merge_while_the_client_is_slow() -> None:
             await asyncio.sleep(0.1)
 
         async with running_router(cluster) as (service, _):
-            await service.dispatcher.serve([5, 6, 7], SamplingParams(max_tokens=200), 9.0, write_slowly, tenant=ANYBODY)
+            await service.dispatcher.serve(
+                [5, 6, 7], SamplingParams(max_tokens=200), Deadline(9.0), write_slowly, tenant=ANYBODY
+            )
         token_ids = [token_id for chunk in chunks for delta in chunk.deltas for token_id in delta.token_ids]
         assert token_ids == echo([5, 6, 7], 200)
         assert len(chunks) < 20
