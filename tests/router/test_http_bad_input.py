@@ -190,10 +190,10 @@ def test_bodies_that_are_no_json_object_are_400() -> None:
     ids=["twice", "ids", "fields", "biases"],
 )
 def test_many_faults_take_no_longer_than_one(body: bytes, fault: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(InvalidRequest, match=re.escape(fault)):
         parse(CompletionBody, parse_object(body)).sampling_params(None)
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_fields_that_change_nothing_are_let_through() -> None:

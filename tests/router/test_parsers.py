@@ -86,7 +86,7 @@ def test_each_family_is_read(family: str, text: str, content: str, calls: tuple[
 
 def test_hostile_calls_take_no_longer_than_others_of_their_length() -> None:
     """A client can have a model write what it likes: these were tried in all cubic ways once."""
-    began = time.monotonic()
+    began = time.process_time()
     for unit in (
         deepseek.CALL,
         f"{deepseek.CALL}function{deepseek.SEPARATOR}a\n```json\n",
@@ -96,7 +96,7 @@ def test_hostile_calls_take_no_longer_than_others_of_their_length() -> None:
         body = unit * (60_000 // len(unit))
         for text in (f"{deepseek.OPENING}{body}{deepseek.CLOSING}", f"{deepseek.OPENING}{D_CALL}{body}"):
             assert parsed("deepseek", [text]) == ("", text, ())
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize(

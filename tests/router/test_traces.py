@@ -68,7 +68,7 @@ def test_a_request_shows_its_phases_on_the_engines_that_they_passed_on() -> None
             ("decode", "decode/0/0"),
         ]
         assert began <= found["request"]["ts"] / 1e6 <= time.time()
-        assert found["prefill"]["dur"] == pytest.approx(50_000, rel=0.1)
+        assert found["prefill"]["dur"] == pytest.approx(50_000, abs=20_000)
         assert found["KV transfer"]["dur"] == pytest.approx(30_000, abs=20_000)
         assert found["decode"]["dur"] == pytest.approx(18 * 5_000, abs=50_000)
         inner = phases(trace)[1:]
