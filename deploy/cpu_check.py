@@ -14,19 +14,8 @@ from splitserve.kernels.paged_attention import MIN_GEMM_COLUMNS, MIN_GEMM_ROWS, 
 log = logging.getLogger(__name__)
 
 MOST_ROWS = 8 * TILE  # a tile of queries by 8 heads that share keys
-ROWS = (
-    MIN_GEMM_ROWS,
-    6,
-    8,
-    12,
-    16,
-    24,
-    32,
-    48,
-    64,
-    128,
-    256,
-)  # where rows do not stay apart, 8 and 32 are the odd ones
+# Where rows do not stay apart, 8 and 32 are the odd ones.
+ROWS = (MIN_GEMM_ROWS, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
 
 
 def check_cpu(head_dim: int) -> None:
