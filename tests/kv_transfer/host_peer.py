@@ -48,7 +48,8 @@ def send(share: float, devices: list[str], packed: bytes) -> None:
     for sender in senders:
         sender.ready([(ticket.transfer_id, int(TOKENS * share))], range(source.num_layers))
     if share < 1:
-        pump(senders, seconds=0)  # compiles kernels, for longer than what follows
+        for sender in senders:
+            sender.pump()  # compiles its kernel, for longer than what follows
         pump(senders, seconds=0.5)
         print("half", flush=True)
         os._exit(9)
@@ -71,12 +72,11 @@ def pump(senders: list[KvSender], seconds: float) -> list[SenderEvent]:
     """Until each has ended, or `seconds` have passed."""
     deadline = time.monotonic() + seconds
     events: list[SenderEvent] = []
-    while True:
+    while len(events) < len(senders) and time.monotonic() < deadline:
         for sender in senders:
             events += sender.pump()
-        if len(events) == len(senders) or time.monotonic() >= deadline:
-            return events
         time.sleep(0.0002)
+    return events
 
 
 if __name__ == "__main__":
